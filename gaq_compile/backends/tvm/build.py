@@ -1,0 +1,172 @@
+"""Kernel text -> machine code: compile TVMScript with TVM's LLVM, once per machine.
+
+Kernels are generated as readable TVMScript text. The text, the target and TVM's version are the
+whole identity of a kernel, so their hash names its compiled library in the disk cache
+(``$GAQ_CACHE_DIR``, by default ``~/.cache/gaq_compile``); a second call, in this process or in a
+later one, compiles nothing. A cached kernel needs only TVM's small runtime library, not the
+compiler: it is loaded through ``tvm_ffi``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ...errors import LoweringError, MissingPackageError
+
+ENTRY = "main"  # the name of every generated kernel function
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept (created on first use)."""
+    root = os.environ.get("GAQ_CACHE_DIR") or Path.home() / ".cache" / "gaq_compile"
+    path = Path(root) / "kernels"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@lru_cache(maxsize=1)
+def tvm_version() -> str:
+    """The installed TVM's version.
+
+    Raises:
+        MissingPackageError: if TVM is not installed.
+    """
+    try:
+        return importlib.metadata.version("apache-tvm")
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingPackageError(
+            "TVM is not installed", fix="pip install 'gaq-compile[tvm]'"
+        ) from None
+
+
+@lru_cache(maxsize=1)
+def host_target() -> str:
+    """This machine's CPU as a TVM target in JSON (kind, mcpu)."""
+    cached = cache_dir() / f"host-{_host_key()}.json"
+    if cached.exists():
+        return cached.read_text()
+    tvm = import_tvm()
+    cpu = str(tvm.get_global_func("target.llvm_get_system_cpu")())
+    text = json.dumps({"kind": "llvm", "mcpu": cpu}, sort_keys=True)
+    _write_atomically(cached, text.encode())
+    return text
+
+
+def import_tvm() -> Any:
+    """The ``tvm`` package, imported only when something has to be compiled."""
+    tvm_version()
+    import tvm
+
+    return tvm
+
+
+@lru_cache(maxsize=4096)
+def compile_kernel(source: str, target: str) -> Any:
+    """Compile kernel text and return the callable ``main`` function.
+
+    Args:
+        source: a TVMScript module defining ``main`` (see :func:`module_text`).
+        target: a TVM target in JSON, e.g. from :func:`host_target`.
+
+    Returns:
+        A function that takes torch tensors (zero-copy) and Python ints.
+
+    Raises:
+        LoweringError: if TVM rejects the kernel.
+    """
+    path = cache_dir() / f"{kernel_key(source, target)}.so"
+    if not path.exists():
+        executable = build_executable(source, target)
+        if shutil.which("g++") is None:  # no linker: keep the kernel in memory only
+            return executable.jit()[ENTRY]
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            made = Path(scratch) / path.name
+            executable.export_library(str(made))
+            os.replace(made, path)
+    return _load_library(path)
+
+
+def kernel_key(source: str, target: str) -> str:
+    """The hash that names a compiled kernel: text, target and TVM version."""
+    identity = "\0".join((source, target, tvm_version()))
+    return hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+
+def build_executable(source: str, target: str) -> Any:
+    """Parse and compile kernel text to a TVM executable, for any target TVM can generate."""
+    tvm = import_tvm()
+    from tvm.script import ir as I  # noqa: N812 - TVMScript's own names
+    from tvm.script import tirx as T  # noqa: N812
+
+    try:
+        module = tvm.script.from_source(source, extra_vars={"I": I, "T": T})
+        return tvm.compile(module, target=tvm.target.Target(json.loads(target)))
+    except (tvm.error.TVMError, tvm.error.DiagnosticError, ValueError, RuntimeError) as error:
+        raise LoweringError(
+            f"TVM rejected a generated kernel: {error}",
+            where=f"target {target}",
+            fix="report this kernel; quantize(..., backend='reference') runs without it",
+        ) from error
+
+
+def module_text(signature: str, body: str, *, preamble: str = "") -> str:
+    """Wrap a kernel body (already indented by 8 spaces) into a TVMScript module.
+
+    Args:
+        signature: the parameters of ``main``, e.g. ``"x: T.handle, n: T.int32"``.
+        body: the statements of ``main``.
+        preamble: statements before the body, e.g. ``match_buffer`` lines.
+    """
+    return (
+        "@I.ir_module\n"
+        "class Kernel:\n"
+        "    @T.prim_func(s_tir=True)\n"
+        f"    def {ENTRY}({signature}):\n"
+        '        T.func_attr({"tirx.noalias": True})\n'
+        f"{preamble}{body}"
+    )
+
+
+@lru_cache(maxsize=1)
+def _load_runtime() -> None:
+    """Make the symbols of TVM's runtime (thread pool) visible to cached kernels."""
+    spec = importlib.util.find_spec("tvm")  # locates the package without importing it
+    if spec is None or spec.origin is None:
+        tvm_version()
+        raise MissingPackageError("TVM's package cannot be located", fix="reinstall apache-tvm")
+    ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
+
+
+def _load_library(path: Path) -> Any:
+    import tvm_ffi
+
+    _load_runtime()
+    return tvm_ffi.load_module(str(path))[ENTRY]
+
+
+def _host_key() -> str:
+    """A short key of this machine's CPU, so that a shared cache never mixes machines."""
+    try:
+        text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        facts = [line for line in text.splitlines() if line.startswith(("model", "flags", "vendor"))]
+    except OSError:
+        import platform
+
+        facts = [platform.processor(), platform.machine()]
+    return hashlib.sha256("\n".join([*facts, tvm_version()]).encode()).hexdigest()[:16]
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..errors import IrrepsError
-from .layout import Block, blocks
+from .layout import Block, blocks, simplified
 
 
 @dataclass(frozen=True)
@@ -192,3 +192,44 @@ def _instruction(item: str) -> tuple[int, int, int, float]:
     indices, _, coefficient = item.partition("*")
     i, j, k = (int(part) for part in indices.split("."))
     return i, j, k, float(coefficient) if coefficient else 1.0
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """e3nn's gate: scalars go through an activation, blocks l >= 1 are scaled by gate scalars.
+
+    The string is ``"<scalars> ; <gates> ; <gated> ; <act,act,...> ; <act,...>"`` with one
+    activation (see :mod:`.activations`) per scalar block and per gate block. The input is the
+    simplified concatenation of the three, the output of scalars and gated.
+    """
+
+    scalars: str
+    gates: str
+    gated: str
+    scalar_activations: tuple[str, ...]
+    gate_activations: tuple[str, ...]
+
+    @property
+    def irreps_in(self) -> str:
+        return simplified("+".join(part for part in (self.scalars, self.gates, self.gated) if part))
+
+    @property
+    def irreps_out(self) -> str:
+        return simplified("+".join(part for part in (self.scalars, self.gated) if part))
+
+    def __str__(self) -> str:
+        acts = (",".join(self.scalar_activations), ",".join(self.gate_activations))
+        return " ; ".join((self.scalars, self.gates, self.gated, *acts))
+
+
+@lru_cache(maxsize=4096)
+def gate_spec(text: str) -> GateSpec:
+    """Parse the string form of :class:`GateSpec`."""
+    scalars, gates, gated, act_scalars, act_gates = (part.strip() for part in text.split(";"))
+    return GateSpec(
+        scalars,
+        gates,
+        gated,
+        tuple(a for a in act_scalars.split(",") if a),
+        tuple(a for a in act_gates.split(",") if a),
+    )

@@ -1,0 +1,477 @@
+"""Fused equivariant convolution on CPUs: gather, tensor product and scatter in one loop.
+
+    out[n] = sum over edges e with receiver n of TP(x[senders[e]], sh[e], weight[e])
+
+Both kernels run in parallel over nodes and visit a node's edges in chunks of 16. A chunk's
+spherical harmonics are contracted with the Clebsch-Gordan constants once, for all channels and
+sixteen edges at a time:
+
+    A[m1, m3] = coefficient * sum_m2 C[m1, m2, m3] * sh[m2]
+
+Then, block by block and one vector register of channels at a time, ``out[m3] += w * A[m1, m3] *
+x[m1]`` runs over the chunk's edges with all sums in registers. The backward kernel owns a *sender*
+(so that gradients with respect to x need no atomics and every run gives the same bits):
+
+    H[m1] = sum_m3 A[m1, m3] * g[m3]      grad_x[m1] += w * H[m1]      grad_w = sum_m1 x[m1] * H[m1]
+    grad_sh[m2] += sum over channels of w * C[m1, m2, m3] * x[m1] * g[m3]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from e3nn.o3 import wigner_3j
+
+from ...ir.layout import Block, dim
+from ...ir.specs import TensorProductPath, TensorProductSpec, tensor_product_spec
+from .build import compile_kernel
+from .emit import block_lanes, kernel_text, literal, local, loop, signed_sum, splat, vector, vector_lanes
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]], torch.Tensor]
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Backward = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]], Gradients
+]
+
+CHUNK = 16  # edges of one node that are handled together
+_DIGITS = 12  # Clebsch-Gordan constants that agree to this many digits are the same number
+
+
+@dataclass(frozen=True)
+class Triple:
+    """One nonzero constant: ``value = coefficient * C[m1, m2, m3]``; ``column`` is m2's place in sh."""
+
+    m1: int
+    column: int
+    m3: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """``A[m1, m3] = sign * symbol``; a symbol is one linear form in a chunk's harmonics."""
+
+    m1: int
+    m3: int
+    symbol: int
+    sign: int
+
+
+@dataclass(frozen=True)
+class PathTerms:
+    """One instruction, unrolled into its nonzero constants."""
+
+    path: TensorProductPath
+    triples: tuple[Triple, ...]
+    pairs: tuple[Pair, ...]
+
+    @property
+    def symbols(self) -> set[int]:
+        return {pair.symbol for pair in self.pairs}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A convolution with everything that its kernels need to know.
+
+    ``symbols[k]`` is the linear form ``sum value * sh[column]`` as ``((column, value), ...)``.
+    """
+
+    spec: TensorProductSpec
+    terms: tuple[PathTerms, ...]
+    symbols: tuple[tuple[tuple[int, float], ...], ...]
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The columns of sh that some path reads."""
+        return tuple(sorted({t.column for p in self.terms for t in p.triples}))
+
+    @property
+    def by_input(self) -> tuple[tuple[PathTerms, ...], ...]:
+        """The paths grouped by their block of x."""
+        groups: dict[int, list[PathTerms]] = {}
+        for terms in self.terms:
+            groups.setdefault(terms.path.block_x.base, []).append(terms)
+        return tuple(tuple(group) for group in groups.values())
+
+
+@lru_cache(maxsize=256)
+def conv_problem(spec: str) -> Problem:
+    """Unroll a :class:`TensorProductSpec` string into constants.
+
+    Raises:
+        IrrepsError: if the spec violates the selection rules.
+    """
+    parsed = tensor_product_spec(spec)
+    known: dict[tuple[tuple[int, float], ...], int] = {}
+    unrolled = tuple(_path_terms(path, known) for path in parsed.paths)
+    return Problem(parsed, unrolled, tuple(known))
+
+
+def _path_terms(path: TensorProductPath, known: dict[tuple[tuple[int, float], ...], int]) -> PathTerms:
+    sh = path.block_sh
+    constants = wigner_3j(path.block_x.l, sh.l, path.block_out.l, dtype=torch.float64)
+    triples, forms = [], {}
+    for m1, m2, m3 in constants.nonzero().tolist():
+        value = round(float(constants[m1, m2, m3]) * path.coefficient, _DIGITS)
+        if value != 0.0:
+            triple = Triple(m1, sh.base + m2 * sh.stride, m3, value)
+            triples.append(triple)
+            forms.setdefault((m1, m3), []).append((triple.column, value))
+    pairs = []
+    for (m1, m3), form in sorted(forms.items()):
+        sign = 1 if form[0][1] > 0 else -1
+        key = tuple((column, sign * value) for column, value in form)
+        pairs.append(Pair(m1, m3, known.setdefault(key, len(known)), sign))
+    return PathTerms(path, tuple(triples), tuple(pairs))
+
+
+def conv_forward(spec: str, target: str) -> Forward:
+    """The compiled convolution ``(x, sh, weight, edges) -> out``.
+
+    Args:
+        spec: a :class:`~gaq_compile.ir.specs.TensorProductSpec` string.
+        target: a TVM target in JSON.
+
+    Returns:
+        A function of x (N, dim_x), sh (E, dim_sh), weight (E, weight_numel), float32, contiguous,
+        component-major, and ``edges = [senders (E), receivers (E), receiver_ptr (N+1),
+        receiver_order (E), sender_ptr (N+1), sender_order (E)]``, int32; it returns out (N, dim_out).
+
+    Raises:
+        IrrepsError: if the spec violates the selection rules.
+        LoweringError: if TVM rejects the kernel.
+    """
+    kernel = compile_kernel(forward_source(spec, vector_lanes(target)), target)
+    width = dim(tensor_product_spec(spec).irreps_out)
+
+    def run(
+        x: torch.Tensor, sh: torch.Tensor, weight: torch.Tensor, edges: list[torch.Tensor]
+    ) -> torch.Tensor:
+        if sh.shape[0] == 0:
+            return x.new_zeros((x.shape[0], width))
+        out = torch.empty((x.shape[0], width))
+        kernel(x, sh, weight, edges[0], edges[2], edges[3], out)
+        return out
+
+    return run
+
+
+def conv_backward(spec: str, target: str) -> Backward:
+    """The compiled gradient ``(grad, x, sh, weight, edges) -> (grad_x, grad_sh, grad_weight)``.
+
+    ``grad`` is (N, dim_out); the other arguments, shapes and errors are :func:`conv_forward`'s.
+    """
+    kernel = compile_kernel(backward_source(spec, vector_lanes(target)), target)
+
+    def run(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        sh: torch.Tensor,
+        weight: torch.Tensor,
+        edges: list[torch.Tensor],
+    ) -> Gradients:
+        if sh.shape[0] == 0:
+            return torch.zeros_like(x), torch.zeros_like(sh), torch.zeros_like(weight)
+        grad_x, grad_sh, grad_weight = torch.empty_like(x), torch.empty_like(sh), torch.empty_like(weight)
+        kernel(grad, x, sh, weight, edges[1], edges[4], edges[5], grad_x, grad_sh, grad_weight)
+        return grad_x, grad_sh, grad_weight
+
+    return run
+
+
+@lru_cache(maxsize=256)
+def forward_source(spec: str, lanes: int) -> str:
+    """TVMScript of ``main(x, sh, weight, senders, receiver_ptr, receiver_order, out)``.
+
+    Args:
+        spec: a tensor product spec string.
+        lanes: float32 per vector register of the target.
+    """
+    problem = conv_problem(spec)
+    inner: list[str] = []
+    for group in _accumulator_groups(problem, 12 if lanes == 8 else 24):
+        inner += _forward_group(group, lanes)
+    body = _per_node(problem, lanes, _Sides("senders", "out", _width(problem, "out")), inner)
+    return kernel_text(
+        [
+            ("x", f"nodes, {_width(problem, 'x')}", "float32"),
+            ("sh", f"edges, {_width(problem, 'sh')}", "float32"),
+            ("weight", f"edges, {problem.spec.weight_numel}", "float32"),
+            ("senders", "edges", "int32"),
+            ("ptr", "ends", "int32"),
+            ("order", "edges", "int32"),
+            ("out", f"nodes, {_width(problem, 'out')}", "float32"),
+        ],
+        body,
+    )
+
+
+@lru_cache(maxsize=256)
+def backward_source(spec: str, lanes: int) -> str:
+    """TVMScript of ``main(grad, x, sh, weight, receivers, sender_ptr, sender_order, grad_x, grad_sh,
+    grad_weight)``; arguments as for :func:`forward_source`."""
+    problem = conv_problem(spec)
+    widest = max((block_lanes(g[0].path.block_x.mul, lanes) for g in problem.by_input), default=1)
+    inner = _zero_grad_sh(problem, widest)
+    for group in problem.by_input:
+        inner += _backward_group(problem, group, lanes, widest)
+    inner += _reduce_grad_sh(problem, widest)
+    body = _per_node(problem, lanes, _Sides("receivers", "grad_x", _width(problem, "x")), inner)
+    return kernel_text(
+        [
+            ("grad", f"nodes, {_width(problem, 'out')}", "float32"),
+            ("x", f"nodes, {_width(problem, 'x')}", "float32"),
+            ("sh", f"edges, {_width(problem, 'sh')}", "float32"),
+            ("weight", f"edges, {problem.spec.weight_numel}", "float32"),
+            ("receivers", "edges", "int32"),
+            ("ptr", "ends", "int32"),
+            ("order", "edges", "int32"),
+            ("grad_x", f"nodes, {_width(problem, 'x')}", "float32"),
+            ("grad_sh", f"edges, {_width(problem, 'sh')}", "float32"),
+            ("grad_weight", f"edges, {problem.spec.weight_numel}", "float32"),
+        ],
+        body,
+    )
+
+
+def _width(problem: Problem, tensor: str) -> int:
+    return dim(getattr(problem.spec, f"irreps_{tensor}"))
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Which end of an edge is gathered, and the per-node result that the loop owns."""
+
+    gathered: str
+    result: str
+    width: int
+
+
+def _per_node(problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str]) -> list[str]:
+    """The loops over nodes and chunks of edges, around what is done with a chunk."""
+    zero_lanes = block_lanes(sides.width, lanes)
+    gather = ["edge[j] = order[first + j]", f"node[j] = {sides.gathered}[edge[j]]"]
+    gather += [f"harmonic[{k * CHUNK} + j] = sh[edge[j], {c}]" for k, c in enumerate(problem.columns)]
+    chunk = [
+        f"first: T.let = low + c * {CHUNK}",
+        f"count: T.let = T.min(high - first, {CHUNK})",
+        *loop("j in T.serial(count)", gather),
+        *_contract_harmonics(problem, lanes),
+        *inner,
+    ]
+    # Unused lanes of the last chunk are computed too: zeros, not whatever the stack holds.
+    clear = vector("harmonic", f"z * {lanes}", lanes)
+    zero = vector(sides.result, f"z * {zero_lanes}", zero_lanes, "i")
+    columns = len(problem.columns)
+    node = [
+        local("edge", CHUNK, "int32"),
+        local("node", CHUNK, "int32"),
+        local("harmonic", columns * CHUNK),
+        local("A", max(1, len(problem.symbols)) * CHUNK),
+        "low: T.let = ptr[i]",
+        "high: T.let = ptr[i + 1]",
+        *loop(f"z in T.serial({columns * CHUNK // lanes})", [f"{clear} = {splat(literal(0.0), lanes)}"]),
+        *loop(
+            f"z in T.serial({sides.width // zero_lanes})",
+            [f"{zero} = {splat(literal(0.0), zero_lanes)}"],
+        ),
+        *loop(f"c in T.serial((high - low + {CHUNK - 1}) // {CHUNK})", chunk),
+    ]
+    return loop("i in T.parallel(nodes)", node)
+
+
+def _contract_harmonics(problem: Problem, lanes: int) -> list[str]:
+    """``A[symbol, edge]`` for the chunk, vectorised over its edges."""
+    place = {column: k for k, column in enumerate(problem.columns)}
+    lines = []
+    for k, form in enumerate(problem.symbols):
+        terms = [
+            (1, f"{vector('harmonic', f'{place[c] * CHUNK} + v * {lanes}', lanes)} * {literal(value)}")
+            for c, value in form
+        ]
+        lines.append(f"{vector('A', f'{k * CHUNK} + v * {lanes}', lanes)} = {signed_sum(terms)}")
+    return loop(f"v in T.serial({CHUNK // lanes})", lines)
+
+
+def _accumulator_groups(problem: Problem, budget: int) -> list[tuple[PathTerms, ...]]:
+    """Paths of one input block that fit ``budget`` vector registers of sums."""
+    groups: list[tuple[PathTerms, ...]] = []
+    for paths in problem.by_input:
+        group: list[PathTerms] = []
+        used = 0
+        for terms in paths:
+            need = terms.path.block_out.components
+            if group and used + need > budget:
+                groups.append(tuple(group))
+                group, used = [], 0
+            group.append(terms)
+            used += need
+        groups.append(tuple(group))
+    return groups
+
+
+def _element(block: Block, component: int, lanes: int) -> str:
+    """The first element of channel tile ``t`` of one component."""
+    return f"{block.base + component * block.stride} + t * {lanes}"
+
+
+def _symbol(pair: Pair, lanes: int) -> str:
+    return splat(f"A[{pair.symbol * CHUNK} + j]", lanes)
+
+
+def _forward_group(group: Sequence[PathTerms], lanes: int) -> list[str]:
+    """``out[m3] += w * A[m1, m3] * x[m1]`` over a chunk, sums in registers."""
+    block = group[0].path.block_x
+    lanes = block_lanes(block.mul, lanes)
+    name = f"sum_{block.base}_{group[0].path.offset}"
+    slots: dict[tuple[int, int], int] = {}
+    opening, closing = [], []
+    for terms in group:
+        target = terms.path.block_out
+        for m3 in range(target.components):
+            if (target.base, m3) not in slots:
+                slots[target.base, m3] = len(slots)
+                held = vector(name, str(slots[target.base, m3] * lanes), lanes)
+                home = vector("out", _element(target, m3, lanes), lanes, "i")
+                opening.append(f"{held} = {home}")
+                closing.append(f"{home} = {held}")
+    edge = [
+        f"x{m}: T.let = {vector('x', _element(block, m, lanes), lanes, 'node[j]')}"
+        for m in range(block.components)
+    ]
+    for k, terms in enumerate(group):
+        edge += _forward_path(terms, k, lanes, {
+            m3: vector(name, str(slots[terms.path.block_out.base, m3] * lanes), lanes)
+            for m3 in range(terms.path.block_out.components)
+        })
+    tile = [*opening, *loop("j in T.serial(count)", edge), *closing]
+    return [local(name, len(slots) * lanes), *loop(f"t in T.serial({block.mul // lanes})", tile)]
+
+
+def _forward_path(terms: PathTerms, k: int, lanes: int, sums: dict[int, str]) -> list[str]:
+    """One path on one edge, in the cheapest of three orders of multiplication."""
+    path = terms.path
+    lines = [f"w{k}: T.let = {vector('weight', f'{path.offset} + t * {lanes}', lanes, 'edge[j]')}"]
+    by_out: dict[int, list[Pair]] = {}
+    for pair in terms.pairs:
+        by_out.setdefault(pair.m3, []).append(pair)
+    if len(terms.symbols) == 1:
+        lines.append(f"a{k}: T.let = w{k} * {_symbol(terms.pairs[0], lanes)}")
+        for m3, pairs in by_out.items():
+            lines.append(f"{sums[m3]} = " + signed_sum([(p.sign, f"a{k} * x{p.m1}") for p in pairs], sums[m3]))
+    elif path.block_x.l <= path.block_out.l:
+        lines += [f"y{k}_{m}: T.let = w{k} * x{m}" for m in range(path.block_x.components)]
+        for m3, pairs in by_out.items():
+            products = [(p.sign, f"{_symbol(p, lanes)} * y{k}_{p.m1}") for p in pairs]
+            lines.append(f"{sums[m3]} = {signed_sum(products, sums[m3])}")
+    else:
+        for m3, pairs in by_out.items():
+            inner = signed_sum([(p.sign, f"{_symbol(p, lanes)} * x{p.m1}") for p in pairs])
+            lines.append(f"{sums[m3]} = {sums[m3]} + w{k} * ({inner})")
+    return lines
+
+
+def _grad_sh_slot(problem: Problem, column: int, widest: int) -> str:
+    """Where a chunk's partial grad_sh of edge ``j`` lies: one vector per column."""
+    return f"j * {len(problem.columns) * widest} + {problem.columns.index(column) * widest}"
+
+
+def _zero_grad_sh(problem: Problem, widest: int) -> list[str]:
+    size = len(problem.columns) * CHUNK * widest
+    zero = f"{vector('partial', f'z * {widest}', widest)} = {splat(literal(0.0), widest)}"
+    count = f"count * {len(problem.columns)}"
+    return [local("partial", size), *loop(f"z in T.serial({count})", [zero])]
+
+
+def _reduce_grad_sh(problem: Problem, widest: int) -> list[str]:
+    """Sum each partial vector over its lanes, by halving: a fixed order, so the same bits always."""
+    lines = []
+    for column in range(_width(problem, "sh")):
+        if column not in problem.columns:
+            lines.append(f"grad_sh[edge[j], {column}] = {literal(0.0)}")
+            continue
+        at, source, half = _grad_sh_slot(problem, column, widest), "partial", widest // 2
+        while half >= 1:
+            total = f"{vector(source, at, half)} + {vector(source, f'{at} + {half}', half)}"
+            lines.append(f"{vector('halves', str(half), half)} = {total}")
+            at, source, half = str(half), "halves", half // 2
+        lines.append(f"grad_sh[edge[j], {column}] = {source}[{at}]")
+    return [local("halves", max(2, widest)), *loop("j in T.serial(count)", lines)]
+
+
+def _backward_group(
+    problem: Problem, group: Sequence[PathTerms], lanes: int, widest: int
+) -> list[str]:
+    """All gradients of the paths of one input block over a chunk of the sender's edges."""
+    block = group[0].path.block_x
+    lanes = block_lanes(block.mul, lanes)
+    name = f"sum_{block.base}"
+    components = range(block.components)
+    held = [vector(name, str(m * lanes), lanes) for m in components]
+    home = [vector("grad_x", _element(block, m, lanes), lanes, "i") for m in components]
+    columns = sorted({t.column for terms in group for t in terms.triples})
+    slots = {c: vector("partial", _grad_sh_slot(problem, c, widest), lanes) for c in columns}
+    edge = [f"s{c}_0: T.let = {slot}" for c, slot in slots.items()]
+    version = dict.fromkeys(columns, 0)
+    for k, terms in enumerate(group):
+        edge += _backward_path(terms, k, lanes, held)
+        edge += _grad_sh_path(terms, k, version)
+    edge += [f"{slot} = s{c}_{version[c]}" for c, slot in slots.items()]
+    tile = [
+        *(f"x{m}: T.let = {vector('x', _element(block, m, lanes), lanes, 'i')}" for m in components),
+        *(f"{held[m]} = {home[m]}" for m in components),
+        *loop("j in T.serial(count)", edge),
+        *(f"{home[m]} = {held[m]}" for m in components),
+    ]
+    return [local(name, block.components * lanes), *loop(f"t in T.serial({block.mul // lanes})", tile)]
+
+
+def _backward_path(terms: PathTerms, k: int, lanes: int, held: Sequence[str]) -> list[str]:
+    """``H[m1]``, then grad_x and grad_weight; leaves ``w``, ``g`` and ``y = w * x`` bound."""
+    path = terms.path
+    weight = f"{path.offset} + t * {lanes}"
+    lines = [f"w{k}: T.let = {vector('weight', weight, lanes, 'edge[j]')}"]
+    for m3 in range(path.block_out.components):
+        g = vector("grad", _element(path.block_out, m3, lanes), lanes, "node[j]")
+        lines.append(f"g{k}_{m3}: T.let = {g}")
+    by_in: dict[int, list[Pair]] = {}
+    for pair in terms.pairs:
+        by_in.setdefault(pair.m1, []).append(pair)
+    for m1, pairs in by_in.items():
+        total = signed_sum([(p.sign, f"{_symbol(p, lanes)} * g{k}_{p.m3}") for p in pairs])
+        lines.append(f"h{k}_{m1}: T.let = {total}")
+        lines.append(f"{held[m1]} = {held[m1]} + w{k} * h{k}_{m1}")
+    grad_weight = signed_sum([(1, f"x{m1} * h{k}_{m1}") for m1 in by_in]) or splat(literal(0.0), lanes)
+    lines.append(f"{vector('grad_weight', weight, lanes, 'edge[j]')} = {grad_weight}")
+    return lines
+
+
+def _grad_sh_path(terms: PathTerms, k: int, version: dict[int, int]) -> list[str]:
+    """Add one path to the partial grad_sh; products with the same constant are summed first."""
+    classes = {abs(t.value) for t in terms.triples}
+    single = len(classes) == 1
+    scale = f" * {literal(next(iter(classes)))}" if single else ""
+    lines = []
+    if single:
+        lines.append(f"c{k}: T.let = w{k}{scale}")
+    weight = f"c{k}" if single else f"w{k}"
+    lines += [f"y{k}_{m}: T.let = {weight} * x{m}" for m in range(terms.path.block_x.components)]
+    for column in sorted({t.column for t in terms.triples}):
+        for size in sorted({abs(t.value) for t in terms.triples if t.column == column}):
+            products = [
+                (1 if t.value > 0 else -1, f"y{k}_{t.m1} * g{k}_{t.m3}")
+                for t in terms.triples
+                if t.column == column and abs(t.value) == size
+            ]
+            before = f"s{column}_{version[column]}"
+            version[column] += 1
+            after = f"s{column}_{version[column]}: T.let = "
+            if single:
+                lines.append(after + signed_sum(products, before))
+            else:
+                lines.append(f"{after}{before} + ({signed_sum(products)}) * {literal(size)}")
+    return lines

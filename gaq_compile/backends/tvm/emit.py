@@ -1,0 +1,89 @@
+"""Small pieces of TVMScript text that the kernel generators share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+from .build import module_text
+
+_AVX512 = ("znver4", "znver5", "skylake-avx512", "skx", "cascadelake", "cooperlake", "cannonlake")
+_AVX512 += ("icelake", "rocketlake", "tigerlake", "sapphirerapids", "emeraldrapids", "graniterapids")
+_AVX512 += ("diamondrapids", "x86-64-v4", "knl", "knm")
+_AVX2 = ("znver", "haswell", "broadwell", "skylake", "alderlake", "raptorlake", "meteorlake", "core-avx2")
+_AVX2 += ("arrowlake", "lunarlake", "sierraforest", "gracemont", "bdver4", "x86-64-v3")
+
+
+def vector_lanes(target: str) -> int:
+    """How many float32 one vector register of ``target`` (JSON) holds: 16, 8 or 4.
+
+    Read off the CPU's name, not asked of LLVM, so that a cached kernel runs without the compiler.
+    A wrong guess costs speed only: every lane count compiles everywhere.
+    """
+    described = json.loads(target)
+    cpu = str(described.get("mcpu", ""))
+    features = " ".join(described.get("mattr", ()))
+    if cpu.startswith(_AVX512) or "+avx512f" in features:
+        return 16
+    if cpu.startswith(_AVX2) or "+avx2" in features:
+        return 8
+    return 4
+
+
+def block_lanes(channels: int, lanes: int) -> int:
+    """The largest power of two that divides ``channels`` and is at most ``lanes``."""
+    return min(lanes, channels & -channels)
+
+
+def vector(buffer: str, index: str, lanes: int, row: str = "") -> str:
+    """``lanes`` consecutive elements of ``buffer`` (of row ``row`` where it has rows)."""
+    place = index if lanes == 1 else f"T.ramp({index}, 1, {lanes})"
+    return f"{buffer}[{row}, {place}]" if row else f"{buffer}[{place}]"
+
+
+def splat(scalar: str, lanes: int) -> str:
+    """A scalar expression in every lane."""
+    return scalar if lanes == 1 else f"T.broadcast({scalar}, {lanes})"
+
+
+def literal(value: float) -> str:
+    """A float32 constant."""
+    return f"T.float32({value!r})"
+
+
+def signed_sum(terms: Sequence[tuple[int, str]], start: str = "") -> str:
+    """``start + t0 - t1 ...``, left to right, so that LLVM fuses each product into its sum."""
+    text = start
+    for sign, term in terms:
+        if text:
+            text += f" {'+' if sign > 0 else '-'} {term}"
+        else:
+            text = term if sign > 0 else f"{literal(0.0)} - {term}"
+    return text
+
+
+def loop(header: str, lines: Iterable[str]) -> list[str]:
+    """A ``for`` statement with its body indented."""
+    return [f"for {header}:", *("    " + line for line in lines)]
+
+
+def local(name: str, size: int, dtype: str = "float32") -> str:
+    """A small thread-private array."""
+    return f'{name} = T.alloc_buffer(({size},), "{dtype}", scope="local")'
+
+
+def kernel_text(buffers: Sequence[tuple[str, str, str]], body: Sequence[str]) -> str:
+    """A module whose ``main`` takes ``buffers`` (name, shape, dtype) and runs ``body``.
+
+    Names in a shape that are not numbers are sizes that the call decides. Buffers are taken at
+    their element's alignment: a view of a torch tensor may start anywhere.
+    """
+    symbols: dict[str, None] = {}
+    matches = []
+    for name, shape, dtype in buffers:
+        symbols.update({s: None for s in shape.split(", ") if not s.isdigit()})
+        matches.append(f'{name} = T.match_buffer({name}_h, ({shape},), "{dtype}", align=4)')
+    preamble = [*(f"{symbol} = T.int32()" for symbol in symbols), *matches]
+    text = ["".join(("        ", line, "\n")) for line in (*preamble, *body)]
+    signature = ", ".join(f"{name}_h: T.handle" for name, _, _ in buffers)
+    return module_text(signature, "".join(text))

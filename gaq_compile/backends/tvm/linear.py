@@ -1,0 +1,225 @@
+"""Equivariant linear maps on CPUs: dense products over channels, in float32 and in integers.
+
+:func:`lower_linear` packs the weights once and returns a function of the float input. Where the
+activation scheme is an integer one, the kernel quantizes a tile of rows into a buffer of its own
+and multiplies integers (``s8 x s8`` or ``s16 x s8`` into s32): nothing of integer size crosses
+memory between kernels. A gradient (``transpose``) multiplies floats with the integer weights,
+decoded in registers; no float copy of them is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import LoweringError
+from .build import compile_kernel
+from .dense_kernel import arguments, dense_text, sizes
+from .dense_plan import DensePlan, DenseSchedule, LinearProblem, Product, groups, make_plan, padded
+from .vnni import has_vnni
+
+__all__ = ["DenseSchedule", "LinearKernel", "LinearProblem", "arithmetic", "has_vnni", "lower_linear"]
+
+_MAX_ELEMENTS = 2**31 - 2**16  # a kernel's indices are 32-bit; longer inputs go in stretches of rows
+
+
+@dataclass(frozen=True)
+class LinearKernel:
+    """A lowered linear: call it with x (N, dim_in) float32, get y (N, dim_out) float32."""
+
+    plan: DensePlan
+    target: str
+    constants: tuple[Tensor, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        plan = self.plan
+        if x.ndim != 2 or x.shape[1] != plan.dim_in or x.dtype != torch.float32:
+            raise LoweringError(
+                f"expected a float32 tensor (N, {plan.dim_in}), got {x.dtype} {tuple(x.shape)}",
+                where=plan.problem.spec,
+            )
+        x = x.contiguous()
+        y = torch.empty((x.shape[0], plan.dim_out), dtype=torch.float32)
+        limit = _MAX_ELEMENTS // max(plan.dim_in, plan.dim_out, 1)
+        for start in range(0, x.shape[0], limit):
+            self._run(x[start : start + limit], y[start : start + limit])
+        return y
+
+    def _run(self, x: Tensor, y: Tensor) -> None:
+        rows, schedule = x.shape[0], self.plan.schedule
+        parallel = rows * self.plan.work_per_row > schedule.serial_work
+        tasks = -(-rows // schedule.task_rows)
+        if parallel:  # as many tasks on every thread
+            tasks = padded(tasks, os.cpu_count() or 1)
+        self._kernel(parallel)(x, y, *self.constants, max(1, -(-rows // tasks)))
+
+    def _kernel(self, parallel: bool) -> Callable[..., None]:
+        return compile_kernel(dense_text(self.plan, parallel), self.target)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all packed constants."""
+        return sum(t.numel() * t.element_size() for t in self.constants)
+
+
+def lower_linear(
+    problem: LinearProblem,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    x_scale: Tensor | None,
+    bias: Tensor | None,
+    target: str,
+    schedule: DenseSchedule | None = None,
+) -> LinearKernel:
+    """Pack weights and return the function ``x -> y`` of an equivariant linear.
+
+    Args:
+        problem: what to compute.
+        weight: (spec.weight_numel,) float32, or int8 codes for weights ``"s8"`` and ``"s4"``.
+        weight_scale: (spec.scale_numel,) float32 steps of the codes; None for float weights.
+        x_scale: one float32 step per block of the simplified irreps_in; None for float activations.
+        bias: float32, concatenated over the 0e output blocks; None without bias.
+        target: a TVM target in JSON.
+        schedule: the kernel's constants; None takes the default of the target.
+
+    Returns:
+        A function of x (N, dim_in) float32, component-major, returning y (N, dim_out) float32.
+
+    Raises:
+        LoweringError: if a tensor does not fit the problem, or TVM rejects the kernel.
+    """
+    plan = make_plan(problem, target, schedule)
+    _check(problem, weight, weight_scale, x_scale, bias)
+    if plan.dim_in == 0 or not plan.products:
+        weight = weight.new_zeros(0)
+    packed = {
+        "weight": _pack_weights(plan, weight),
+        "scale": _pack_scales(plan, weight_scale, x_scale),
+        "sums": _column_sums(plan, weight),
+        "steps": torch.zeros(0) if x_scale is None else x_scale.detach().float().cpu().clone(),
+        "bias": _pack_bias(plan, bias),
+    }
+    packed["steps"] = packed["steps"][: sizes(plan)["steps"]].clone()
+    names = [name for name in arguments(plan) if name in packed]
+    return LinearKernel(plan, target, tuple(packed[name] for name in names))
+
+
+def arithmetic(problem: LinearProblem, target: str) -> str:
+    """What is multiplied with what: ``"f32"``, ``"s8·s8→s32"``, ``"s8·s4→s32 + s16·s4→s32"``, ..."""
+    plan = make_plan(problem, target)
+    found: dict[str, None] = {}
+    for product in plan.products:
+        kind = plan.operands[product.operand].kind
+        total = "f32" if kind == "f32" else "s32"
+        floats = kind == problem.weight == "f32"
+        found["f32" if floats else f"{kind}·{problem.weight}→{total}"] = None
+    return " + ".join(found) or "f32"
+
+
+def _check(
+    problem: LinearProblem,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    x_scale: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    from ...ir.layout import blocks, simplified
+
+    spec, quantized = problem.linear, problem.weight != "f32"
+    scales = len(blocks(simplified(spec.irreps_in))) if problem.activation != "f32" else None
+    expected = (
+        ("weight", weight, spec.weight_numel, torch.int8 if quantized else torch.float32),
+        ("weight_scale", weight_scale, spec.scale_numel if quantized else None, torch.float32),
+        ("x_scale", x_scale, scales, torch.float32),
+        ("bias", bias, sum(b.mul for b in spec.bias_blocks) if problem.bias else None, torch.float32),
+    )
+    for name, tensor, numel, dtype in expected:
+        if numel is None:
+            continue
+        if tensor is None or tuple(tensor.shape) != (numel,) or tensor.dtype != dtype:
+            got = None if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise LoweringError(f"{name} must be {dtype} ({numel},), got {got}", where=problem.spec)
+    top = {"s8": 127, "s4": 7}.get(problem.weight)
+    if top and weight.numel() and int(weight.to(torch.int32).abs().max()) > top:
+        raise LoweringError(f"a weight code exceeds {top}", where=problem.spec, fix="requantize the weights")
+
+
+def _matrix(plan: DensePlan, p: Product, weight: Tensor) -> Tensor:
+    """A product's matrix (depth, output channels) in the kernel's direction."""
+    path = p.path
+    flat = weight.detach().cpu()[path.offset : path.offset + path.numel]
+    full = flat.view(path.block_in.mul, path.block_out.mul)
+    full = full.T if plan.problem.transpose else full
+    return full[p.first : p.first + p.depth]
+
+
+def _pack_weights(plan: DensePlan, weight: Tensor) -> Tensor:
+    """All products' matrices as the kernel reads them (layout: ``dense_plan``)."""
+    lanes, parts = plan.unit.lanes, []
+    for p in plan.products:
+        kind = plan.operands[p.operand].kind
+        step, stored = plan.unit.step(kind), groups(plan, kind, p.depth)
+        steps = stored * (2 if plan.problem.weight == "s4" else 1)
+        matrix = _matrix(plan, p, weight)
+        full = matrix.new_zeros(steps * step, padded(p.block.mul, lanes))
+        full[: matrix.shape[0], : matrix.shape[1]] = matrix
+        grouped = full.view(steps, step, -1).transpose(1, 2)  # (steps, columns, step)
+        for t in p.tiles:
+            wide = t.vectors * lanes
+            tile = grouped[:, t.start * lanes : t.start * lanes + t.count * wide]
+            tile = tile.reshape(steps, t.count, wide * step).transpose(0, 1)
+            parts.append((_pair(tile) if plan.problem.weight == "s4" else tile).reshape(-1))
+    return torch.cat(parts).contiguous() if parts else torch.zeros(0)
+
+
+def _pair(codes: Tensor) -> Tensor:
+    """(count, 2 groups, n) int8 codes to (count, groups, n) bytes: code + 8, the even group low."""
+    nibbles = (codes + 8).to(torch.uint8)
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+
+
+def _pack_scales(plan: DensePlan, weight_scale: Tensor | None, x_scale: Tensor | None) -> Tensor:
+    """Per path and padded output channel: what an accumulator (or a gradient) is multiplied by."""
+    packed = torch.zeros(plan.sizes["scale"])
+    if weight_scale is None:
+        return packed
+    scale, scheme = weight_scale.detach().float().cpu(), plan.problem.scheme
+    if plan.problem.transpose:
+        for o, path in zip(plan.operands, plan.problem.linear.paths, strict=True):
+            mul = path.block_out.mul
+            packed[o.index : o.index + mul] = scale[path.scale_offset : path.scale_offset + mul]
+        return packed
+    for p in plan.products:
+        o, mul = plan.operands[p.operand], p.block.mul
+        step = torch.ones(())
+        if o.kind != "f32" and x_scale is not None and scheme is not None:
+            step = x_scale.detach().float().cpu()[o.index]
+            step = step * 2.0**-scheme.fraction_bits if o.block.l else step
+        packed[p.scale : p.scale + mul] = scale[p.path.scale_offset : p.path.scale_offset + mul] * step
+    return packed
+
+
+def _column_sums(plan: DensePlan, weight: Tensor) -> Tensor:
+    """Minus the share of the unsigned offset in each s32 sum: ``-128 * sum_u C[u, w]``."""
+    packed = torch.zeros(plan.sizes["sums"], dtype=torch.int32)
+    for p in plan.products:
+        if p.sums >= 0:
+            total = _matrix(plan, p, weight).to(torch.int32).sum(0, dtype=torch.int32)
+            offset = plan.unit.offset(plan.operands[p.operand].kind)
+            packed[p.sums : p.sums + p.block.mul] = -offset * total
+    return packed
+
+
+def _pack_bias(plan: DensePlan, bias: Tensor | None) -> Tensor:
+    packed = torch.zeros(plan.sizes["bias"])
+    start = 0
+    for b in plan.biased:
+        if bias is not None:
+            at = plan.bias_offset(b)
+            packed[at : at + b.mul] = bias.detach().float().cpu()[start : start + b.mul]
+        start += b.mul
+    return packed

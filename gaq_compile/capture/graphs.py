@@ -1,0 +1,130 @@
+"""``ase.Atoms`` -> the tensors that a captured potential takes.
+
+Edges are directed pairs within the cutoff: receiver ``i``, sender ``j``, edge vector
+``r_j - r_i + S @ cell`` (Å). Several structures become one batch of disconnected graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from ..errors import StructureError, UnknownElementError
+from .structures import check_structure
+
+Tensors = dict[str, Tensor]
+
+TENSOR_NAMES = (
+    "numbers", "edge_vec", "receivers", "senders",
+    "edge_vec_lr", "receivers_lr", "senders_lr",
+    "batch", "ptr", "charge", "spin",
+)  # fmt: skip
+EDGE_VECTORS = {"edge_vec": ("receivers", "senders"), "edge_vec_lr": ("receivers_lr", "senders_lr")}
+
+
+@dataclass(frozen=True)
+class GraphFormat:
+    """How structures become tensors for one potential.
+
+    Attributes:
+        inputs: the names of the tensors that the captured graph takes, in order
+            (see ``TENSOR_NAMES``); empty for models captured from their own tensors.
+        cutoff: radius of the edges, Å.
+        cutoff_lr: radius of the long-range pairs, Å, where the potential has them.
+        elements: atomic numbers that the potential knows (empty: any).
+    """
+
+    inputs: tuple[str, ...]
+    cutoff: float
+    cutoff_lr: float | None = None
+    elements: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "inputs": list(self.inputs),
+            "cutoff": self.cutoff,
+            "cutoff_lr": self.cutoff_lr,
+            "elements": list(self.elements),
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> GraphFormat:
+        return GraphFormat(
+            tuple(data["inputs"]), float(data["cutoff"]), data["cutoff_lr"], tuple(data["elements"])
+        )
+
+
+def neighbours(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Directed pairs within ``cutoff`` Å: receivers i, senders j, edge vectors (float64)."""
+    from vesin import NeighborList
+
+    box = atoms.cell.array if atoms.pbc.any() else np.zeros((3, 3))
+    finder = NeighborList(cutoff=cutoff, full_list=True, sorted=True)
+    i, j, vectors = finder.compute(
+        points=atoms.positions, box=box, periodic=tuple(bool(p) for p in atoms.pbc), quantities="ijD"
+    )
+    return i.astype(np.int64), j.astype(np.int64), np.asarray(vectors, dtype=np.float64)
+
+
+def collate(structures: Sequence[Atoms], form: GraphFormat, *, check: bool = True) -> Tensors:
+    """One batch of tensors from structures.
+
+    Args:
+        structures: one or more structures; each becomes a graph.
+        form: the potential's cutoffs, elements and input names.
+        check: look for NaN positions, coincident atoms and unknown elements first.
+
+    Returns:
+        The tensors that ``form.inputs`` names, float32 and int64.
+
+    Raises:
+        StructureError: for bad or empty structures.
+        UnknownElementError: for an element that the potential was not trained on.
+    """
+    if not structures:
+        raise StructureError("no structures were given", fix="pass an ase.Atoms or a list of them")
+    if check:
+        for index, atoms in enumerate(structures):
+            check_structure(atoms, where=f"structure {index} ({atoms.get_chemical_formula()})")
+            _check_elements(atoms, form, index)
+    sizes = [len(atoms) for atoms in structures]
+    ptr = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    found: dict[str, np.ndarray] = {
+        "numbers": np.concatenate([atoms.numbers for atoms in structures]).astype(np.int64),
+        "batch": np.repeat(np.arange(len(structures)), sizes).astype(np.int64),
+        "ptr": ptr,
+        "charge": np.array([a.info.get("charge", 0.0) for a in structures], dtype=np.float32),
+        "spin": np.array([a.info.get("spin", 0.0) for a in structures], dtype=np.float32),
+    }
+    found |= _edges(structures, ptr, form.cutoff, "")
+    if form.cutoff_lr is not None:
+        found |= _edges(structures, ptr, form.cutoff_lr, "_lr")
+    return {name: torch.from_numpy(found[name]) for name in form.inputs}
+
+
+def _edges(structures: Sequence[Atoms], ptr: np.ndarray, cutoff: float, suffix: str) -> dict[str, np.ndarray]:
+    parts = [neighbours(atoms, cutoff) for atoms in structures]
+    return {
+        f"receivers{suffix}": np.concatenate([i + start for (i, _, _), start in zip(parts, ptr, strict=False)]),
+        f"senders{suffix}": np.concatenate([j + start for (_, j, _), start in zip(parts, ptr, strict=False)]),
+        f"edge_vec{suffix}": np.concatenate([v for _, _, v in parts]).reshape(-1, 3).astype(np.float32),
+    }
+
+
+def _check_elements(atoms: Atoms, form: GraphFormat, index: int) -> None:
+    unknown = sorted(set(int(z) for z in atoms.numbers) - set(form.elements)) if form.elements else []
+    if unknown:
+        from ase.data import chemical_symbols
+
+        names = ", ".join(chemical_symbols[z] if 0 <= z < len(chemical_symbols) else f"Z={z}" for z in unknown)
+        raise UnknownElementError(
+            f"the potential does not know {names}",
+            where=f"structure {index} ({atoms.get_chemical_formula()})",
+            fix="use a potential trained on these elements",
+        )

@@ -1,0 +1,367 @@
+"""What to quantize and how: frozen, versioned settings that round-trip through JSON.
+
+One configuration, one behaviour: a :class:`QuantConfig` names the bits of weights and activations,
+the observer that calibrates them, and per-layer overrides. Presets have short names ("w8",
+"w4a8", ...). Nothing here imports torch, so that a configuration can be read anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+VERSION = 1
+
+# Weights of 8 bits and float activations keep the energy smooth, so the forces stay its gradient;
+# any rounded activation makes the energy piecewise constant and is therefore a choice, not a default.
+DEFAULT_SCHEME = "w8"
+
+OBSERVERS = ("minmax", "percentile", "mse")
+WEIGHT_BITS = (4, 8)
+
+_ACTIVATION = re.compile(r"s(\d{1,2}) (?:c(\d{1,2})|m(\d{1,2})(?:d(\d{1,2})|exact))")
+_ACTIVATION_FIX = "write e.g. 's8 m8d8', 's8 c8', 's16 m16d16' or 's8 m8exact'"
+_OPERAND_MAX = 32767  # vector operands are 16-bit integers
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """The integers that stand for a tensor of irreps; see ``numerics.activations`` for formulas.
+
+    Args:
+        scalar_bits: bits of an l = 0 value, symmetric, 2 to 16.
+        vector: how a block of l >= 1 is held: ``"mddq"`` (magnitude times grid direction),
+            ``"exact"`` (integer magnitude, float direction) or ``"component"`` (geometry ignored).
+        vector_bits: bits of the magnitude, or of each component, 2 to 16.
+        direction_bits: bits of a direction's component, 4 to 16; 0 unless ``vector`` is "mddq".
+
+    Raises:
+        ConfigError: for bits outside these ranges or an unknown kind of vector.
+    """
+
+    scalar_bits: int
+    vector: Literal["mddq", "exact", "component"]
+    vector_bits: int
+    direction_bits: int = 0
+
+    def __post_init__(self) -> None:
+        known = self.vector in ("mddq", "exact", "component")
+        # Below 4 direction bits the grid of a high degree could round a direction to zero.
+        direction = 4 <= self.direction_bits <= 16 if self.vector == "mddq" else self.direction_bits == 0
+        if not (known and direction and 2 <= self.scalar_bits <= 16 and 2 <= self.vector_bits <= 16):
+            raise ConfigError(
+                "an activation scheme needs 2-16 bits per scalar, magnitude or component and "
+                "4-16 bits per direction component",
+                where=repr(self),
+                fix=_ACTIVATION_FIX,
+            )
+
+    @property
+    def fraction_bits(self) -> int:
+        """f: an mddq operand is the vector in units of ``scale * 2**-f``."""
+        return max(0, 15 - self.vector_bits) if self.vector == "mddq" else 0
+
+    @property
+    def direction_levels(self) -> int:
+        """B = 2^(D-1) - 1, the largest integer of the direction grid."""
+        return 2 ** (self.direction_bits - 1) - 1 if self.vector == "mddq" else 0
+
+    def qmax(self, l: int) -> int:
+        """The largest integer in units of the scale: |value|, magnitude or |component|."""
+        if l == 0:
+            return 2 ** (self.scalar_bits - 1) - 1
+        if self.vector == "component":
+            return 2 ** (self.vector_bits - 1) - 1
+        return min(2**self.vector_bits - 1, _OPERAND_MAX)
+
+    def operand_max(self, l: int) -> int:
+        """The largest absolute value of an operand integer X (``"exact"``: of a float)."""
+        return self.qmax(l) * (2**self.fraction_bits if l else 1)
+
+    def __str__(self) -> str:
+        if self.vector == "component":
+            return f"s{self.scalar_bits} c{self.vector_bits}"
+        tail = "exact" if self.vector == "exact" else f"d{self.direction_bits}"
+        return f"s{self.scalar_bits} m{self.vector_bits}{tail}"
+
+
+@lru_cache(maxsize=256)
+def activation_scheme(text: str) -> ActivationScheme:
+    """Parse the string form of an :class:`ActivationScheme`; ``str()`` writes it.
+
+    >>> activation_scheme("s8 m8d8")
+    ActivationScheme(scalar_bits=8, vector='mddq', vector_bits=8, direction_bits=8)
+
+    Raises:
+        ConfigError: for a malformed string or bits out of range.
+    """
+    match = _ACTIVATION.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"unknown activation scheme {text!r}", fix=_ACTIVATION_FIX)
+    scalar, component, magnitude, direction = match.groups()
+    if component:
+        return ActivationScheme(int(scalar), "component", int(component))
+    if direction:
+        return ActivationScheme(int(scalar), "mddq", int(magnitude), int(direction))
+    return ActivationScheme(int(scalar), "exact", int(magnitude))
+
+
+def _check_precision(weight_bits: Any, activation: Any, where: str) -> None:
+    if weight_bits is not None and (type(weight_bits) is not int or weight_bits not in WEIGHT_BITS):
+        raise ConfigError(f"weight_bits must be 8, 4 or None, not {weight_bits!r}", where=where)
+    if activation is None:
+        return
+    if not isinstance(activation, str):
+        raise ConfigError(
+            f"an activation scheme must be a string, not {activation!r}", where=where, fix=_ACTIVATION_FIX
+        )
+    activation_scheme(activation)
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One layer's precision.
+
+    Args:
+        weight_bits: 8, 4 or None for float32.
+        activation: an activation scheme such as "s8 m8d8", or None for float32.
+
+    Raises:
+        ConfigError: for other bits or a malformed scheme.
+    """
+
+    weight_bits: int | None
+    activation: str | None
+
+    def __post_init__(self) -> None:
+        _check_precision(self.weight_bits, self.activation, type(self).__name__)
+
+
+@dataclass(frozen=True)
+class Override:
+    """The precision of every layer whose name matches a shell pattern; None means float32."""
+
+    pattern: str
+    weight_bits: int | None
+    activation: str | None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.pattern, str) and self.pattern):
+            raise ConfigError(f"an override's pattern must be a name, not {self.pattern!r}")
+        _check_precision(self.weight_bits, self.activation, f"override {self.pattern!r}")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """A whole model's quantization.
+
+    Args:
+        scheme: its name, for reports; :func:`preset` knows the usual ones.
+        weight_bits: 8, 4 or None for float32.
+        activation: an activation scheme such as "s8 m8d8", or None for float32.
+        observer: "minmax", "percentile" or "mse".
+        headroom: factor >= 1 on the range that "minmax" saw: a value beyond the calibrated
+            range is clipped, which is a silent error.
+        overrides: per-layer precision; the last matching pattern wins.
+        version: the version of this format.
+
+    Raises:
+        ConfigError: for any value outside these.
+    """
+
+    scheme: str
+    weight_bits: int | None = None
+    activation: str | None = None
+    observer: str = "minmax"
+    headroom: float = 1.1
+    overrides: tuple[Override, ...] = ()
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        where = f"configuration {self.scheme!r}"
+        if not (isinstance(self.scheme, str) and self.scheme):
+            raise ConfigError(f"a scheme's name must be a string, not {self.scheme!r}")
+        if type(self.version) is not int or self.version != VERSION:
+            raise ConfigError(
+                f"version {self.version!r} of the configuration format is unknown",
+                where=where,
+                fix=f"this gaq_compile reads version {VERSION}; update it, or quantize again",
+            )
+        _check_precision(self.weight_bits, self.activation, where)
+        if self.observer not in OBSERVERS:
+            raise ConfigError(
+                f"unknown observer {self.observer!r}", where=where, fix=f"use one of {', '.join(OBSERVERS)}"
+            )
+        number = isinstance(self.headroom, int | float) and not isinstance(self.headroom, bool)
+        if not (number and 1.0 <= self.headroom < math.inf):
+            raise ConfigError(
+                f"headroom must be a number >= 1, not {self.headroom!r}",
+                where=where,
+                fix="1.1 is the default",
+            )
+        if not (isinstance(self.overrides, tuple) and all(isinstance(o, Override) for o in self.overrides)):
+            raise ConfigError(
+                "overrides must be a tuple of Override",
+                where=where,
+                fix="resolve(scheme, {'pattern': 'w8'}) builds them",
+            )
+
+    def for_layer(self, name: str) -> LayerConfig:
+        """The precision of the layer called ``name`` (case-sensitive; the last match wins)."""
+        for override in reversed(self.overrides):
+            if fnmatchcase(name, override.pattern):
+                return LayerConfig(override.weight_bits, override.activation)
+        return LayerConfig(self.weight_bits, self.activation)
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Check that every override's pattern matches at least one of the layers ``names``.
+
+        Raises:
+            ConfigError: naming the first pattern that matches nothing.
+        """
+        names = tuple(names)
+        for override in self.overrides:
+            if not any(fnmatchcase(name, override.pattern) for name in names):
+                shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+                raise ConfigError(
+                    f"the override pattern {override.pattern!r} matches no layer",
+                    fix=f"the layers are: {shown or '(none)'}",
+                )
+
+    def to_json(self) -> str:
+        """This configuration as JSON text; equal configurations give equal text."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> QuantConfig:
+        """Read :meth:`to_json`'s text.
+
+        Raises:
+            ConfigError: for text that is no JSON object, unknown or missing keys, an unknown
+                version, or values of a wrong kind.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"a configuration that is no JSON: {error}") from error
+        if isinstance(data, dict) and data.get("version") != VERSION:
+            raise ConfigError(
+                f"version {data.get('version')!r} of the configuration format is unknown",
+                fix=f"this gaq_compile reads version {VERSION}; update it, or quantize again",
+            )
+        values = _checked_keys(data, cls, "configuration")
+        entries = values["overrides"]
+        if not isinstance(entries, list):
+            raise ConfigError("overrides must be a list", where="configuration")
+        overrides = (Override(**_checked_keys(e, Override, f"override {i}")) for i, e in enumerate(entries))
+        return cls(**{**values, "overrides": tuple(overrides)})
+
+
+PRESETS: dict[str, LayerConfig] = {
+    "fp32": LayerConfig(None, None),
+    "w8": LayerConfig(8, None),
+    "w4": LayerConfig(4, None),
+    "w8a16": LayerConfig(8, "s16 m16d16"),
+    "w4a16": LayerConfig(4, "s16 m16d16"),
+    "w8a8": LayerConfig(8, "s8 m8d8"),
+    "w4a8": LayerConfig(4, "s8 m8d8"),
+    "exact-w8a8": LayerConfig(8, "s8 m8exact"),
+    "exact-w4a8": LayerConfig(4, "s8 m8exact"),
+    "naive-w8a8": LayerConfig(8, "s8 c8"),
+}
+
+
+def preset(name: str) -> QuantConfig:
+    """The configuration that goes by a short name.
+
+    ======================  ===========  ==========================================
+    name                    weight bits  activations
+    ======================  ===========  ==========================================
+    fp32                    float32      float32
+    w8, w4                  8, 4         float32: forces are the energy's gradient
+    w8a16, w4a16            8, 4         scalars 16, magnitude 16, direction 16 bits
+    w8a8, w4a8              8, 4         scalars 8, magnitude 8, direction 8 bits
+    exact-w8a8, exact-w4a8  8, 4         scalars 8, magnitude 8 bits, float direction
+    naive-w8a8              8            8 bits per component, geometry ignored
+    ======================  ===========  ==========================================
+
+    Raises:
+        ConfigError: for any other name; lists the known ones.
+    """
+    layer = PRESETS.get(name)
+    if layer is None:
+        raise ConfigError(f"unknown scheme {name!r}", fix=f"use one of {', '.join(PRESETS)}")
+    return QuantConfig(name, layer.weight_bits, layer.activation)
+
+
+def resolve(
+    scheme: str | QuantConfig, overrides: Mapping[str, str | Mapping[str, Any]] | None = None
+) -> QuantConfig:
+    """A user's arguments as one configuration.
+
+    Args:
+        scheme: a preset's name, or a configuration.
+        overrides: layer-name pattern -> preset name, or ``{"weight_bits": .., "activation": ..}``
+            where a missing key keeps the scheme's own value. Later entries win over earlier ones
+            and over those that ``scheme`` already has.
+
+    Raises:
+        ConfigError: for an unknown scheme, key or value.
+    """
+    if not isinstance(scheme, str | QuantConfig):
+        raise ConfigError(
+            f"a scheme must be a name or a QuantConfig, not {type(scheme).__name__}",
+            fix=f"use one of {', '.join(PRESETS)}",
+        )
+    config = preset(scheme) if isinstance(scheme, str) else scheme
+    added = tuple(_override(config, pattern, value) for pattern, value in (overrides or {}).items())
+    return replace(config, overrides=config.overrides + added)
+
+
+def is_conservative(config: QuantConfig) -> bool:
+    """True exactly if no activation is rounded anywhere: then forces are the energy's gradient.
+
+    Judged without the model: an override that rounds activations counts even if it matches no
+    layer, and only the pattern ``*`` is known to hide what stands before it.
+    """
+    for override in reversed(config.overrides):
+        if override.activation is not None:
+            return False
+        if override.pattern == "*":
+            return True
+    return config.activation is None
+
+
+def _override(config: QuantConfig, pattern: str, value: str | Mapping[str, Any]) -> Override:
+    where = f"override {pattern!r}"
+    if isinstance(value, str):
+        layer = preset(value)
+        return Override(pattern, layer.weight_bits, layer.activation)
+    if not isinstance(value, Mapping) or (set(value) - {"weight_bits", "activation"}):
+        raise ConfigError(
+            f"cannot read {value!r}",
+            where=where,
+            fix="give a scheme's name or a dict with 'weight_bits' and/or 'activation'",
+        )
+    return Override(
+        pattern, value.get("weight_bits", config.weight_bits), value.get("activation", config.activation)
+    )
+
+
+def _checked_keys(data: Any, kind: type, where: str) -> dict[str, Any]:
+    """``data`` as a dict whose keys are exactly the fields of the dataclass ``kind``."""
+    names = {field.name for field in fields(kind)}
+    if not isinstance(data, dict):
+        raise ConfigError(f"expected an object with the keys {', '.join(sorted(names))}", where=where)
+    for problem, keys in (("unknown", set(data) - names), ("missing", names - set(data))):
+        if keys:
+            raise ConfigError(f"{problem} keys: {', '.join(sorted(keys))}", where=where)
+    return data

@@ -1,0 +1,200 @@
+"""What every gaq operator means, in plain torch: readable, differentiable by hand, any dtype.
+
+These functions are the definition that kernels are tested against and the ``reference`` backend
+runs. All tensors are component-major (see :mod:`.layout`).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from e3nn import o3
+from torch import Tensor
+
+from . import activations
+from .layout import Block, dim, permutation
+from .specs import gate_spec, linear_spec, tensor_product_spec
+
+
+def view(x: Tensor, block: Block) -> Tensor:
+    """A block of a component-major tensor (n, dim) as (n, 2l+1, mul); a view."""
+    rows = x.shape[0]
+    return x.as_strided(
+        (rows, block.components, block.mul),
+        (x.stride(0), block.stride * x.stride(1), x.stride(1)),
+        x.storage_offset() + block.base * x.stride(1),
+    )
+
+
+def relayout(x: Tensor, irreps: str, to: str) -> Tensor:
+    """Reorder the last axis between ``mul_ir`` and ``ir_mul``."""
+    order = torch.tensor(permutation(irreps, to), dtype=torch.int64, device=x.device)
+    return x[..., order]
+
+
+def irreps_linear(x: Tensor, weight: Tensor, bias: Tensor | None, spec: str, transpose: bool) -> Tensor:
+    """``y[n,c,w] = sum_u x[n,c,u] W[u,w] (+ bias)``, per path; with ``transpose`` by ``W^T``."""
+    s = linear_spec(spec)
+    y = x.new_zeros(x.shape[0], dim(s.irreps_in if transpose else s.irreps_out))
+    for path in s.paths:
+        matrix = weight[path.offset : path.offset + path.numel].reshape(path.block_in.mul, path.block_out.mul)
+        source, sink = path.block_in, path.block_out
+        if transpose:
+            matrix, source, sink = matrix.t(), sink, source
+        view(y, sink).add_(view(x, source) @ matrix)
+    if bias is not None:
+        offset = 0
+        for block in s.bias_blocks:
+            view(y, block).add_(bias[offset : offset + block.mul])
+            offset += block.mul
+    return y
+
+
+@lru_cache(maxsize=512)
+def _coupling(l1: int, l2: int, l3: int, dtype: torch.dtype) -> Tensor:
+    return o3.wigner_3j(l1, l2, l3, dtype=torch.float64).to(dtype)
+
+
+def tensor_product(x: Tensor, sh: Tensor, weight: Tensor, spec: str) -> Tensor:
+    """Channelwise tensor product per edge: x (E, dim_x), sh (E, dim_sh), weight (E, weight_numel)."""
+    s = tensor_product_spec(spec)
+    out = x.new_zeros(x.shape[0], dim(s.irreps_out))
+    for path in s.paths:
+        mixed = torch.einsum("eik,eiu->eku", _mix(path, sh), view(x, path.block_x))
+        w = weight[:, path.offset : path.offset + path.block_x.mul]
+        view(out, path.block_out).add_(mixed * w[:, None, :])
+    return out
+
+
+def tensor_product_backward(
+    grad: Tensor, x: Tensor, sh: Tensor, weight: Tensor, spec: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`tensor_product` with respect to x, sh and weight."""
+    s = tensor_product_spec(spec)
+    gx, gsh, gw = torch.zeros_like(x), torch.zeros_like(sh), torch.zeros_like(weight)
+    for path in s.paths:
+        coupling = path.coefficient * _coupling(path.block_x.l, path.block_sh.l, path.block_out.l, x.dtype)
+        g, xb, mix = view(grad, path.block_out), view(x, path.block_x), _mix(path, sh)
+        span = slice(path.offset, path.offset + path.block_x.mul)
+        w = weight[:, span]
+        gw[:, span] += torch.einsum("eku,eik,eiu->eu", g, mix, xb)
+        weighted = g * w[:, None, :]
+        view(gx, path.block_x).add_(torch.einsum("eku,eik->eiu", weighted, mix))
+        outer = torch.einsum("eku,eiu->eik", weighted, xb)
+        view(gsh, path.block_sh).add_(torch.einsum("eik,ijk->ej", outer, coupling)[:, :, None])
+    return gx, gsh, gw
+
+
+def _mix(path, sh: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    coupling = path.coefficient * _coupling(path.block_x.l, path.block_sh.l, path.block_out.l, sh.dtype)
+    return torch.einsum("ej,ijk->eik", view(sh, path.block_sh)[:, :, 0], coupling)
+
+
+def sort_edges(senders: Tensor, receivers: Tensor, num_nodes: int) -> list[Tensor]:
+    """Both adjacency orders as int32 CSR.
+
+    Returns:
+        ``[senders, receivers, receiver_ptr, receiver_order, sender_ptr, sender_order]``: the edges
+        of receiver n are ``receiver_order[receiver_ptr[n] : receiver_ptr[n + 1]]``.
+    """
+    lists = [senders.to(torch.int32), receivers.to(torch.int32)]
+    for index in (receivers, senders):
+        order = torch.argsort(index, stable=True)
+        pointer = torch.zeros(num_nodes + 1, dtype=torch.int64, device=index.device)
+        pointer[1:] = torch.bincount(index, minlength=num_nodes).cumsum(0)
+        lists += [pointer.to(torch.int32), order.to(torch.int32)]
+    return lists
+
+
+def conv(x: Tensor, sh: Tensor, weight: Tensor, edges: list[Tensor], spec: str) -> Tensor:
+    """``out[n] = sum_{e: receivers[e]=n} TP(x[senders[e]], sh[e], weight[e])``."""
+    senders, receivers = edges[0].long(), edges[1].long()
+    messages = tensor_product(x[senders], sh, weight, spec)
+    return messages.new_zeros(x.shape[0], messages.shape[1]).index_add_(0, receivers, messages)
+
+
+def conv_backward(
+    grad: Tensor, x: Tensor, sh: Tensor, weight: Tensor, edges: list[Tensor], spec: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`conv` with respect to x, sh and weight."""
+    senders, receivers = edges[0].long(), edges[1].long()
+    gx, gsh, gw = tensor_product_backward(grad[receivers], x[senders], sh, weight, spec)
+    return torch.zeros_like(x).index_add_(0, senders, gx), gsh, gw
+
+
+def spherical_harmonics(vec: Tensor, irreps: str, normalize: bool, normalization: str) -> Tensor:
+    """Real spherical harmonics of ``vec`` (n, 3), e3nn's component order and signs."""
+    degrees = [ir.l for _, ir in o3.Irreps(irreps)]
+    return o3.spherical_harmonics(degrees, vec, normalize, normalization)
+
+
+def spherical_harmonics_backward(
+    grad: Tensor, vec: Tensor, irreps: str, normalize: bool, normalization: str
+) -> Tensor:
+    """Gradient of :func:`spherical_harmonics` with respect to ``vec``."""
+    with torch.enable_grad():
+        leaf = vec.detach().requires_grad_(True)
+        value = spherical_harmonics(leaf, irreps, normalize, normalization)
+        (result,) = torch.autograd.grad(value, leaf, grad)
+    return result
+
+
+def gate(x: Tensor, spec: str) -> Tensor:
+    """``[act(scalars), gated * act(gates)]``; see :class:`.specs.GateSpec`."""
+    s = gate_spec(spec)
+    n_scalars, n_gates = dim(s.scalars), dim(s.gates)
+    parts = [_pointwise(x[:, :n_scalars], s.scalars, s.scalar_activations)]
+    gates = _pointwise(x[:, n_scalars : n_scalars + n_gates], s.gates, s.gate_activations)
+    for span, gate_span, block in _gated(spec):
+        scaled = x[:, span].reshape(-1, block.components, block.mul) * gates[:, None, gate_span]
+        parts.append(scaled.reshape(x.shape[0], -1))
+    return torch.cat(parts, dim=1)
+
+
+def gate_backward(grad: Tensor, x: Tensor, spec: str) -> Tensor:
+    """Gradient of :func:`gate` with respect to x."""
+    s = gate_spec(spec)
+    n_scalars, n_gates = dim(s.scalars), dim(s.gates)
+    middle = slice(n_scalars, n_scalars + n_gates)
+    gates = _pointwise(x[:, middle], s.gates, s.gate_activations)
+    gate_grad = torch.empty_like(gates)
+    out = torch.empty_like(x)
+    out[:, :n_scalars] = grad[:, :n_scalars] * _slope(x[:, :n_scalars], s.scalars, s.scalar_activations)
+    for span, gate_span, block in _gated(spec):
+        shape = (-1, block.components, block.mul)
+        g = grad[:, span.start - n_gates : span.stop - n_gates].reshape(shape)
+        gate_grad[:, gate_span] = (g * x[:, span].reshape(shape)).sum(1)
+        out[:, span] = (g * gates[:, None, gate_span]).reshape(x.shape[0], -1)
+    out[:, middle] = gate_grad * _slope(x[:, middle], s.gates, s.gate_activations)
+    return out
+
+
+def _gated(spec: str) -> list[tuple[slice, slice, Block]]:
+    """(columns of the input, columns of the gates, block) per simplified gated block."""
+    from .layout import blocks, simplified
+
+    s = gate_spec(spec)
+    base, channel, out = dim(s.scalars) + dim(s.gates), 0, []
+    for block in blocks(simplified(s.gated)) if s.gated else ():
+        width = block.components * block.mul
+        out.append((slice(base, base + width), slice(channel, channel + block.mul), block))
+        base, channel = base + width, channel + block.mul
+    return out
+
+
+def _pointwise(x: Tensor, irreps: str, acts: tuple[str, ...]) -> Tensor:
+    if len(set(acts)) <= 1:
+        return activations.apply(acts[0], x) if acts else x
+    return torch.cat([activations.apply(a, part) for a, part in _split(x, irreps, acts)], dim=1)
+
+
+def _slope(x: Tensor, irreps: str, acts: tuple[str, ...]) -> Tensor:
+    if len(set(acts)) <= 1:
+        return activations.derivative(acts[0], x) if acts else torch.ones_like(x)
+    return torch.cat([activations.derivative(a, part) for a, part in _split(x, irreps, acts)], dim=1)
+
+
+def _split(x: Tensor, irreps: str, acts: tuple[str, ...]) -> list[tuple[str, Tensor]]:
+    sizes = [mul for mul, _ in o3.Irreps(irreps)]
+    return list(zip(acts, x.split(sizes, dim=1), strict=True))

@@ -1,0 +1,171 @@
+"""Activations as integers: what a kernel multiplies, its float meaning, and its gradient.
+
+Tensors are component-major, ``x`` (N, dim), with simplified irreps; ``scale`` (n_blocks,) holds one
+static step per block. All roundings are half to even. With ``s`` a block's scale:
+
+* scalars (l = 0), and ``"component"`` blocks: ``X = clamp(round(x/s), -qmax, qmax)``,
+  ``xhat = s X``.
+* ``"mddq"``, per channel vector v of 2l+1 components: ``m = |v|``, ``q = clamp(round(m/s), 0, qmax)``,
+  ``n_c = round(v_c (B/m))``, ``X_c = round(n_c (q 2^f / |n|))``, ``xhat_c = s 2^-f X_c``; 0 where q = 0.
+* ``"exact"``: ``xhat_c = v_c (s q / m)``: an integer magnitude with a float direction.
+
+Every kernel follows these orders of operations, so that float32 results agree up to values that lie
+within float32 rounding of a tie. NaN stays NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from ..config import ActivationScheme, activation_scheme
+from ..errors import IrrepsError
+from ..ir.layout import Block, blocks, dim, simplified
+from .codebooks import IntegerGrid, norm
+
+__all__ = [
+    "ActivationScheme",
+    "activation_blocks",
+    "activation_scheme",
+    "fake_quantize",
+    "fake_quantize_backward",
+    "quantize_block",
+]
+
+
+def activation_blocks(irreps: str) -> tuple[Block, ...]:
+    """The blocks that own one scale each: those of the simplified irreps, in order."""
+    return blocks(simplified(irreps))
+
+
+@overload
+def quantize_block(x: Tensor, l: int, scale: float, scheme: ActivationScheme) -> tuple[Tensor, float]: ...
+@overload
+def quantize_block(x: Tensor, l: int, scale: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]: ...
+def quantize_block(
+    x: Tensor,
+    l: int,
+    scale: Tensor | float,
+    scheme: ActivationScheme,
+) -> tuple[Tensor, Tensor | float]:
+    """The operand of one block and its step: ``xhat = step * operand``.
+
+    Args:
+        x: (N, 2l+1, mul).
+        l: the block's degree.
+        scale: its static step, a number or a scalar tensor.
+        scheme: the activation scheme.
+
+    Returns:
+        The operand X, int32 with the shape of x (``"exact"`` and l >= 1: float, v q / m), and the
+        step, ``scale * 2^-f``.
+    """
+    operand = _operand(x, l, scale, scheme)
+    step = scale * 2.0**-scheme.fraction_bits if l else scale
+    exact = l > 0 and scheme.vector == "exact"
+    return (operand if exact else operand.to(torch.int32)), step
+
+
+def fake_quantize(x: Tensor, scale: Tensor, irreps: str, scheme: ActivationScheme) -> Tensor:
+    """The float tensor that the integers stand for.
+
+    Args:
+        x: (N, dim), component-major, float32 or float64.
+        scale: (n_blocks,) steps of the simplified irreps.
+        irreps: of x.
+        scheme: the activation scheme.
+
+    Returns:
+        xhat, like x.
+
+    Raises:
+        IrrepsError: if x or scale does not fit the irreps.
+    """
+
+    def block(v: Tensor, l: int, s: Tensor) -> Tensor:
+        step = s * 2.0**-scheme.fraction_bits if l else s
+        return _operand(v, l, s, scheme) * step
+
+    return _by_block((x,), scale, irreps, block)
+
+
+def fake_quantize_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, irreps: str, scheme: ActivationScheme
+) -> Tensor:
+    """The straight-through gradient of :func:`fake_quantize`.
+
+    Scalars and components: ``grad`` where ``|x/s| <= qmax``, else 0. Vectors with direction
+    u = v/m: ``u (g.u) [m/s <= qmax] + (s q / m) (g - u (g.u))``, so nothing leaks from the tangential
+    into the radial direction; where m = 0 the gradient passes unchanged.
+
+    Args:
+        grad: gradient with respect to xhat, (N, dim).
+        x: the tensor that was quantized, (N, dim).
+        scale: (n_blocks,).
+        irreps: of x.
+        scheme: the activation scheme.
+
+    Returns:
+        Gradient with respect to x.
+
+    Raises:
+        IrrepsError: if a tensor does not fit the irreps.
+    """
+
+    def block(g: Tensor, v: Tensor, l: int, s: Tensor) -> Tensor:
+        qmax = scheme.qmax(l)
+        if l == 0 or scheme.vector == "component":
+            return g * (torch.abs(v / s) <= qmax)
+        m = norm(v)
+        safe = torch.where(m == 0, 1.0, m)
+        u = v / safe
+        radial = u * (g * u).sum(-2, keepdim=True)
+        bent = radial * (m / s <= qmax) + (s * _magnitude(m, s, qmax) / safe) * (g - radial)
+        return torch.where(m == 0, g, bent)
+
+    return _by_block((grad, x), scale, irreps, block)
+
+
+def _magnitude(m: Tensor, scale: Tensor | float, qmax: int) -> Tensor:
+    return torch.clamp(torch.round(m / scale), 0, qmax)
+
+
+def _operand(v: Tensor, l: int, scale: Tensor | float, scheme: ActivationScheme) -> Tensor:
+    """X of one block (N, 2l+1, mul), held in v's dtype."""
+    qmax = scheme.qmax(l)
+    if l == 0 or scheme.vector == "component":
+        return torch.clamp(torch.round(v / scale), -qmax, qmax)
+    m = norm(v)
+    q = _magnitude(m, scale, qmax)
+    if scheme.vector == "exact":
+        operand = v * (q / m)
+    else:
+        n = IntegerGrid(l, scheme.direction_bits).encode(v, m)
+        operand = torch.round(n * (q * 2.0**scheme.fraction_bits / norm(n)))
+    # q == 0 and not m == 0: also keeps NaN visible, and drops the 0/0 of vanishing vectors
+    return torch.where(q == 0, 0.0, operand)
+
+
+def _by_block(
+    tensors: tuple[Tensor, ...], scale: Tensor, irreps: str, function: Callable[..., Tensor]
+) -> Tensor:
+    """Apply ``function(*blocks, l, s)`` to every block of tensors (N, dim) and join the results."""
+    found = activation_blocks(irreps)
+    for tensor in tensors:
+        if tensor.ndim != 2 or tensor.shape[1] != dim(irreps):
+            raise IrrepsError(
+                f"expected a tensor (N, {dim(irreps)}), got {tuple(tensor.shape)}", where=irreps
+            )
+    if tuple(scale.shape) != (len(found),):
+        raise IrrepsError(
+            f"expected {len(found)} scales, one per block, got {tuple(scale.shape)}", where=irreps
+        )
+    parts = []
+    for b, block in enumerate(found):
+        size = block.components * block.mul
+        views = (t.narrow(1, block.base, size).unflatten(1, (block.components, block.mul)) for t in tensors)
+        parts.append(function(*views, block.l, scale[b]).flatten(1))
+    return torch.cat(parts, 1) if parts else torch.zeros_like(tensors[0])

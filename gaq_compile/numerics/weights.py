@@ -1,0 +1,122 @@
+"""Weights of an irreps-linear as integers: ``W[u, w] = scale[path, w] * C[u, w]``.
+
+One scale per path and output channel. A linear mixes channels only, so rounding its weights
+commutes with rotations: it never costs equivariance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, GaqError, IrrepsError
+from ..ir.specs import LinearSpec
+
+QMAX = {8: 127, 4: 7}
+
+# Of 15 levels the outermost are worth giving up: the best clip lies between half the range and all of it.
+_CLIPPING = tuple(1.0 - 0.025 * k for k in range(21))
+
+_TINY = 1e-30  # a column this small is zero in float32 arithmetic; its step would be subnormal
+
+
+def quantize_weight(weight: Tensor, spec: LinearSpec, bits: int) -> tuple[Tensor, Tensor]:
+    """Round a linear's weights to integers, symmetric per path and output channel.
+
+    8 bits: ``scale = max|W[:, w]| / 127``. 4 bits: the scale among a few clipping ratios of
+    ``max|W[:, w]| / 7`` with the smallest squared error. Columns of zeros get scale 1.
+
+    Args:
+        weight: (spec.weight_numel,) float.
+        spec: the linear.
+        bits: 8 or 4.
+
+    Returns:
+        Codes (spec.weight_numel,) int8 in the weights' order, |C| <= 127 or 7, and scales
+        (spec.scale_numel,) float32.
+
+    Raises:
+        ConfigError: for other bits.
+        IrrepsError: if the weights do not fit the spec.
+        GaqError: if a weight is not finite.
+    """
+    if bits not in QMAX:
+        raise ConfigError(f"weights of {bits} bits are not supported", where=str(spec), fix="use 8 or 4")
+    _check(weight, spec.weight_numel, "weights", spec)
+    if not bool(torch.isfinite(weight).all()):
+        raise GaqError("a weight is NaN or infinite", where=str(spec), fix="check the model's parameters")
+    codes = torch.empty(spec.weight_numel, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(spec.scale_numel, dtype=torch.float32, device=weight.device)
+    for path in spec.paths:
+        columns = weight.detach()[path.offset : path.offset + path.numel].view(-1, path.block_out.mul)
+        s = column_scales(columns, bits)
+        codes[path.offset : path.offset + path.numel] = round_columns(columns, s, bits).flatten()
+        scale[path.scale_offset : path.scale_offset + path.block_out.mul] = s
+    return codes, scale
+
+
+def dequantize_weight(codes: Tensor, scale: Tensor, spec: LinearSpec) -> Tensor:
+    """``W[u, w] = scale[path, w] * C[u, w]``: the float weights that the integers stand for.
+
+    Args:
+        codes: (spec.weight_numel,) integers.
+        scale: (spec.scale_numel,) float.
+        spec: the linear.
+
+    Returns:
+        (spec.weight_numel,) in the scale's dtype.
+
+    Raises:
+        IrrepsError: if codes or scale do not fit the spec.
+    """
+    _check(codes, spec.weight_numel, "codes", spec)
+    _check(scale, spec.scale_numel, "scales", spec)
+    parts = []
+    for path in spec.paths:
+        mul = path.block_out.mul
+        columns = codes[path.offset : path.offset + path.numel].view(-1, mul).to(scale.dtype)
+        parts.append((columns * scale[path.scale_offset : path.scale_offset + mul]).flatten())
+    return torch.cat(parts) if parts else scale.new_zeros(0)
+
+
+def weight_bytes(spec: LinearSpec, bits: int | None) -> int:
+    """Bytes of a linear's stored weights: (packed) codes and float32 scales; None means float32.
+
+    Raises:
+        ConfigError: for bits other than 8, 4 or None.
+    """
+    if bits is None:
+        return 4 * spec.weight_numel
+    if bits not in QMAX:
+        raise ConfigError(f"weights of {bits} bits are not supported", where=str(spec), fix="use 8 or 4")
+    return (spec.weight_numel * bits + 7) // 8 + 4 * spec.scale_numel
+
+
+def column_scales(columns: Tensor, bits: int) -> Tensor:
+    """The scale of each output channel of one weight matrix (in, out): (out,) float32."""
+    if columns.shape[0] == 0:
+        return columns.new_ones(columns.shape[1], dtype=torch.float32)
+    full = columns.abs().amax(0)
+    zero = full <= _TINY
+    full = torch.where(zero, 1.0, full / QMAX[bits]).to(torch.float32)
+    if bits == 8:
+        return full
+    candidates = [full * ratio for ratio in _CLIPPING]
+    errors = torch.stack([_squared_error(columns, s, bits) for s in candidates])
+    best = torch.stack(candidates).gather(0, errors.argmin(0, keepdim=True))[0]
+    return torch.where(zero, 1.0, best)
+
+
+def round_columns(columns: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Codes of one weight matrix (in, out) on given scales (out,): (in, out) int8."""
+    qmax = QMAX[bits]
+    return torch.clamp(torch.round(columns / scale), -qmax, qmax).to(torch.int8)
+
+
+def _squared_error(columns: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return ((round_columns(columns, scale, bits) * scale - columns) ** 2).sum(0)
+
+
+def _check(tensor: Tensor, numel: int, what: str, spec: LinearSpec) -> None:
+    if tuple(tensor.shape) != (numel,):
+        raise IrrepsError(f"expected {numel} {what}, got {tuple(tensor.shape)}", where=str(spec))

@@ -1,0 +1,102 @@
+"""Keep tensors component-major: move conversions outward until they meet and vanish.
+
+Before: ``a = relayout(linear(x), I, 'mul_ir'); b = relayout(a + c', I, 'ir_mul')``
+After:  ``b = linear(x) + c``
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from ..ir.layout import permutation
+from .graph_tools import aten, calls, copied, finished, gaq, is_call
+
+# Operators that treat every element of a row alike, so that reordering a row commutes with them;
+# the value is the positions of the arguments that carry rows.
+_ROWWISE: dict[object, tuple[int, ...]] = {
+    aten.index.Tensor: (0,),
+    aten.neg.default: (0,),
+    aten.silu.default: (0,),
+    aten.tanh.default: (0,),
+    aten.sigmoid.default: (0,),
+    aten.add.Tensor: (0, 1),
+    aten.sub.Tensor: (0, 1),
+    aten.div.Tensor: (0,),
+    aten.mul.Tensor: (0,),
+    aten.scatter_reduce.two: (3,),
+    aten.scatter_add.default: (3,),
+    aten.index_add.default: (3,),
+}
+
+
+def cancel_relayouts(graph_module: GraphModule) -> GraphModule:
+    """Remove every layout conversion that a later one undoes; see the module's text."""
+    gm = copied(graph_module)
+    for node in calls(gm, gaq.relayout.default):
+        if _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+    gm.graph.eliminate_dead_code()
+    while _cancel_pairs(gm) or _push_down(gm):
+        gm.graph.eliminate_dead_code()
+    return finished(gm)
+
+
+def _is_identity(node: Node) -> bool:
+    order = permutation(str(node.args[1]), str(node.args[2]))
+    return order == tuple(range(len(order)))
+
+
+def _cancel_pairs(gm: GraphModule) -> bool:
+    changed = False
+    for node in calls(gm, gaq.relayout.default):
+        source = node.args[0]
+        if is_call(source, gaq.relayout.default) and source.args[1] == node.args[1] and source.args[2] != node.args[2]:
+            node.replace_all_uses_with(source.args[0])
+            changed = True
+    return changed
+
+
+def _push_down(gm: GraphModule) -> bool:
+    """Move one conversion to e3nn's layout below the row-wise operator that consumes it."""
+    for node in calls(gm, gaq.relayout.default):
+        if node.args[2] != "mul_ir":
+            continue
+        for user in list(node.users):
+            if _can_pass(user, node):
+                _pass_through(gm, user, str(node.args[1]))
+                return True
+    return False
+
+
+def _can_pass(user: Node, node: Node) -> bool:
+    if user.op != "call_function" or user.target not in _ROWWISE:
+        return False
+    rows = _ROWWISE[user.target]
+    if user.target in (aten.div.Tensor, aten.mul.Tensor):
+        return user.args[0] is node and _is_scalar(user.args[1])
+    if user.target is aten.index.Tensor:
+        return user.args[0] is node and len(user.args[1]) == 1
+    if user.target in (aten.scatter_reduce.two, aten.scatter_add.default, aten.index_add.default):
+        return user.args[1] == 0 and user.args[3] is node and is_call(user.args[0], *_ZEROS)
+    return all(
+        is_call(user.args[i], gaq.relayout.default) and user.args[i].args[1:] == node.args[1:] for i in rows
+    )
+
+
+_ZEROS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
+
+
+def _is_scalar(value: object) -> bool:
+    if isinstance(value, int | float):
+        return True
+    shape = value.meta["val"].shape if isinstance(value, Node) and "val" in value.meta else None
+    return shape is not None and all(size == 1 for size in shape)
+
+
+def _pass_through(gm: GraphModule, user: Node, irreps: str) -> None:
+    for i in _ROWWISE[user.target]:
+        user.update_arg(i, user.args[i].args[0])  # type: ignore[union-attr]
+    with gm.graph.inserting_after(user):
+        after = gm.graph.call_function(gaq.relayout.default, (user, irreps, "mul_ir"))
+    after.meta["val"] = user.meta.get("val")
+    user.replace_all_uses_with(after, delete_user_cb=lambda u: u is not after)

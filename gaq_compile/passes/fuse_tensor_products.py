@@ -1,0 +1,88 @@
+"""Gather, tensor product and scatter become one ``gaq::conv``.
+
+Before::
+
+    message = gaq.tensor_product(x[senders], sh, weight, spec)      # one row per edge
+    out = zeros.index_add(0, receivers, message)                    # one row per atom
+
+After::
+
+    edges = gaq.sort_edges(senders, receivers, num_nodes)           # once per graph
+    out = gaq.conv(x, sh, weight, edges, spec)
+
+so that no edge-sized message tensor exists. The pattern is found with networkx.
+"""
+
+from __future__ import annotations
+
+import networkx as nx
+from torch.fx import GraphModule, Node
+
+from .graph_tools import aten, copied, finished, gaq, is_call
+
+_GATHERS = (aten.index.Tensor, aten.index_select.default)
+_SCATTERS = (aten.scatter_reduce.two, aten.scatter_add.default, aten.index_add.default)
+
+
+def fuse_tensor_products(graph_module: GraphModule) -> GraphModule:
+    """Fuse every gather -> tensor product -> scatter chain; see the module's text."""
+    gm = copied(graph_module)
+    for gather, product, scatter in _chains(gm):
+        senders, receivers = _gather_index(gather), _scatter_index(scatter)
+        if senders is None or receivers is None or len(product.users) != 1:
+            continue
+        _, sh, weight, spec, label = product.args
+        with gm.graph.inserting_before(scatter):
+            count = gm.graph.call_function(aten.sym_size.int, (gather.args[0], 0))
+            edges = gm.graph.call_function(gaq.sort_edges.default, (senders, receivers, count))
+            fused = gm.graph.call_function(gaq.conv.default, (gather.args[0], sh, weight, edges, spec, label))
+        fused.meta = {k: v for k, v in scatter.meta.items() if k in ("val", "stack_trace", "nn_module_stack")}
+        scatter.replace_all_uses_with(fused)
+    return finished(gm)
+
+
+def _chains(gm: GraphModule) -> list[tuple[Node, Node, Node]]:
+    """All (gather, tensor product, scatter) chains, in graph order of the product."""
+    flow = nx.DiGraph()
+    for node in gm.graph.nodes:
+        flow.add_node(node, kind=_kind(node))
+        flow.add_edges_from((source, node) for source in node.all_input_nodes)
+    pattern = nx.DiGraph([("gather", "product"), ("product", "scatter")])
+    nx.set_node_attributes(pattern, {name: name for name in pattern}, "kind")
+    matcher = nx.isomorphism.DiGraphMatcher(flow, pattern, node_match=lambda a, b: a["kind"] == b["kind"])
+    found = []
+    for mapping in matcher.subgraph_monomorphisms_iter():
+        by_role = {role: node for node, role in mapping.items()}
+        if by_role["product"].args[0] is by_role["gather"] and by_role["scatter"].args[3] is by_role["product"]:
+            found.append((by_role["gather"], by_role["product"], by_role["scatter"]))
+    place = {node: i for i, node in enumerate(gm.graph.nodes)}
+    return sorted(found, key=lambda chain: place[chain[1]])
+
+
+def _kind(node: Node) -> str:
+    if is_call(node, gaq.tensor_product.default):
+        return "product"
+    if is_call(node, *_GATHERS):
+        return "gather"
+    return "scatter" if is_call(node, *_SCATTERS) else "other"
+
+
+def _gather_index(gather: Node) -> Node | None:
+    if gather.target is aten.index_select.default:
+        return gather.args[2] if gather.args[1] == 0 else None  # type: ignore[return-value]
+    indices = gather.args[1]
+    return indices[0] if len(indices) == 1 else None  # type: ignore[arg-type, index, return-value]
+
+
+def _scatter_index(scatter: Node) -> Node | None:
+    """The one-dimensional index of a row scatter into zeros, or None."""
+    base, axis, index, *_ = scatter.args
+    zeros = is_call(base, aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
+    reduces = scatter.target is not aten.scatter_reduce.two or scatter.args[4] == "sum"
+    if axis != 0 or not zeros or not reduces:
+        return None
+    while is_call(index, aten.expand.default, aten.unsqueeze.default):
+        if is_call(index, aten.unsqueeze.default) and index.args[1] not in (1, -1):
+            return None
+        index = index.args[0]
+    return index if isinstance(index, Node) else None

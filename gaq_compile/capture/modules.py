@@ -40,7 +40,7 @@ class IrrepsLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
-        x = ops.relayout(x.reshape(-1, shape[-1]), self.irreps_in, "ir_mul")
+        x = ops.relayout(x if len(shape) == 2 else x.reshape(-1, shape[-1]), self.irreps_in, "ir_mul")
         y = ops.irreps_linear(x, self.weight, self.bias, self.spec, False, self.label)
         y = ops.relayout(y, self.irreps_out, "mul_ir")
         return y if len(shape) == 2 else y.reshape(*shape[:-1], y.shape[-1])

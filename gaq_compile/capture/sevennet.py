@@ -29,7 +29,7 @@ class SevenNetRecipe:
         type_map: dict[int, int] = dict(model.type_map)  # type: ignore[arg-type]
         module = _SevenNetEnergy(swapped, type_map)
         form = GraphFormat(
-            ("numbers", "edge_vec", "receivers", "senders"),
+            ("numbers", "edge_vec", "receivers", "senders", "batch", "ptr"),
             float(model.cutoff),  # type: ignore[arg-type]
             elements=tuple(sorted(type_map)),
         )
@@ -49,7 +49,10 @@ class _SevenNetEnergy(nn.Module):
             table[number] = index
         self.register_buffer("species_of", table)
 
-    def forward(self, numbers: Tensor, edge_vec: Tensor, receivers: Tensor, senders: Tensor) -> Tensor:
+    def forward(
+        self, numbers: Tensor, edge_vec: Tensor, receivers: Tensor, senders: Tensor, batch: Tensor, ptr: Tensor
+    ) -> Tensor:
+        # batch and ptr are taken for the sake of one input format; atomic energies do not need them
         data = {
             "x": self.species_of[numbers],  # type: ignore[index]
             "edge_vec": edge_vec,

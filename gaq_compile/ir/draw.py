@@ -1,9 +1,9 @@
 """A graph as a picture: ``draw(graph_module, "stage.svg")`` or ``"stage.html"``.
 
-Both files are self-contained. Boxes are coloured by what they compute; a badge says who runs a
-lowered node. What only moves or names data (weights, views, items of tuples, sizes) is folded into
-the wires, and runs of plain elementwise operators into one box, so that a potential of 500 nodes
-still fits the eye; ``fold=False`` draws every node.
+Both files are self-contained. Boxes are coloured by what they compute, dashed where that is a
+gradient; a badge says who runs a lowered node. What only moves or names data (weights, views, items
+of tuples, sizes) is folded into the wires, and runs of plain elementwise operators into one box, so
+that a potential of 500 nodes still fits the eye; ``fold=False`` draws every node.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ from torch.fx import GraphModule, Node
 from ..errors import ConfigError
 from .draw_layout import ROUTED_SPAN, Placed, place
 from .draw_page import page
-from .printing import format_call, format_value, is_inline, is_tensor, label_of, note, short_name
+from .layout import lmax
+from .printing import (
+    format_call,
+    format_value,
+    is_inline,
+    is_tensor,
+    label_of,
+    named_arguments,
+    note,
+    short_name,
+)
 
 # family -> (legend, fill, edge)
 _FAMILIES = {
@@ -48,43 +58,32 @@ _KEYWORDS = (  # the first that occurs in the operator's name decides
     ("sort_edges", "layout"),
 )
 _MOVES = frozenset(
-    (
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "permute",
+    {"view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "unflatten", "expand", "permute"}
+    | {
         "t",
         "transpose",
         "slice",
-    )
-    + (
         "select",
+        "split",
+        "split_with_sizes",
+        "getitem",
         "alias",
         "detach",
         "clone",
-        "contiguous",
-        "to",
-        "_to_copy",
-        "type_as",
-        "flatten",
-        "unflatten",
-    )
-    + ("getitem", "lift_fresh_copy", "split", "split_with_sizes")
+    }
+    | {"contiguous", "to", "_to_copy", "type_as", "lift_fresh_copy"}
 )
 # shown elsewhere, or (stack_trace) full of paths of the machine that captured the graph
 _SHOWN = frozenset({"irreps", "bits", "runs_on", "val", "stack_trace"})
 _SIMPLE = (str, int, float, bool)
-_CHAR, _LINE, _PAD = 6.7, 15.0, 9.0
+_CHAR, _LINE, _PAD = 7.05, 15.0, 9.0
 _MAX_CHARS = 44
 _HEADER = 64.0
 _STYLE = (
     "text{font-family:'DejaVu Sans Mono',ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;"
     "font-size:11px;fill:#1f2937}"
     ".op{font-weight:bold;font-size:12px}.quiet{fill:#64748b}.title{font-size:17px;font-weight:bold}"
-    ".wire{fill:none;stroke:#94a3b8;stroke-width:1.3}.far{stroke:#cbd5e1;stroke-width:1;opacity:.55}"
+    ".wire{fill:none;stroke:#94a3b8;stroke-width:1.3}.far{stroke-width:1;opacity:.45}"
 )
 
 
@@ -150,6 +149,9 @@ def _is_plain(node: Node) -> bool:
 
 
 def _moves_data(node: Node) -> bool:
+    """Views, items of tuples, copies; also a relayout of scalars, which is the identity."""
+    if short_name(node) == "gaq.relayout":
+        return lmax(str(named_arguments(node)["irreps"])) == 0
     short = short_name(node).rpartition(".")[2]
     return _is_plain(node) and short in _MOVES and len(_tensor_inputs(node)) == 1
 
@@ -173,7 +175,7 @@ def _boxes(graph_module: GraphModule, fold: bool) -> tuple[dict[str, _Box], nx.D
         inputs = [(i, source[i]) for i in node.all_input_nodes]
         visible = [s for i, s in inputs if s is not None and is_tensor(i)]
         constant = _is_plain(node) and not visible
-        if constant or (is_inline(node) and not is_tensor(node)):
+        if constant or (is_inline(node) and not (is_tensor(node) and node.users)):
             source[node], folded[node] = None, [x for i, _ in inputs for x in folded[i]] + [node]
         elif _moves_data(node) and len(set(visible)) == 1:
             source[node] = visible[0]
@@ -229,8 +231,8 @@ def _cut(text: str) -> str:
     return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS - 1] + "…"
 
 
-def _badges(box: _Box) -> list[tuple[str, str, str]]:
-    """(text, fill, text colour): bits, and who runs the node."""
+def _badges(box: _Box) -> list[list[tuple[str, str, str]]]:
+    """Rows of (text, fill, text colour): bits, and who runs the node; side by side if both are short."""
     found = []
     if box.last.meta.get("bits"):
         found.append((_cut(str(box.last.meta["bits"])), "#ffffff", "#6b21a8"))
@@ -238,14 +240,16 @@ def _badges(box: _Box) -> list[tuple[str, str, str]]:
     if runs_on:
         colors = ("#15803d", "#ffffff") if runs_on.startswith("tvm") else ("#fde68a", "#78350f")
         found.append((_cut(runs_on), *colors))
-    return found
+    if sum(len(text) for text, _, _ in found) <= _MAX_CHARS - 10:
+        return [found] if found else []
+    return [[badge] for badge in found]
 
 
 def _size(box: _Box) -> tuple[float, float]:
     # the bold first line is one point larger
     widest = max(len(text) * (_CHAR + 0.6 * (style == "op")) for style, text in _lines(box))
     badges = _badges(box)
-    widest = max([widest] + [len(text) * _CHAR + 10 for text, _, _ in badges])
+    widest = max([widest] + [sum(len(text) * _CHAR + 15 for text, _, _ in row) - 5 for row in badges])
     return widest + 2 * _PAD + 4, _LINE * len(_lines(box)) + 18.0 * len(badges) + 2 * _PAD - 4
 
 
@@ -313,7 +317,8 @@ def _box_svg(box: _Box, center: tuple[float, float], size: tuple[float, float], 
     (cx, cy), (w, h) = center, size
     left, top = cx - w / 2, cy - h / 2
     _, fill, edge = _FAMILIES[family(box.last)]
-    dashed = ' stroke-dasharray="5 3"' if "backward" in short_name(box.last) else ""
+    gradient = "backward" in short_name(box.last) or named_arguments(box.last).get("transpose") is True
+    dashed = ' stroke-dasharray="5 3"' if gradient else ""
     parts = [
         f'<g class="node" id="node-{escape(box.name)}" data-name="{escape(box.name)}">',
         f"<title>{escape(_tooltip(box))}</title>",
@@ -326,13 +331,17 @@ def _box_svg(box: _Box, center: tuple[float, float], size: tuple[float, float], 
         css = f' class="{style}"' if style else ""
         parts.append(f'<text{css} x="{left + _PAD + 4:.1f}" y="{y:.1f}">{escape(text)}</text>')
         y += _LINE
-    for text, background, color in _badges(box):
-        parts.append(
-            f'<rect x="{left + _PAD + 2:.1f}" y="{y - 10:.1f}" width="{len(text) * _CHAR + 10:.1f}" '
-            f'height="15" rx="7" fill="{background}" stroke="{color if background == "#ffffff" else background}" '
-            f'stroke-width="0.7"/>'
-            f'<text x="{left + _PAD + 7:.1f}" y="{y + 1.5:.1f}" style="fill:{color}">{escape(text)}</text>'
-        )
+    for row in _badges(box):
+        x = left + _PAD + 2
+        for text, background, color in row:
+            width = len(text) * _CHAR + 10
+            stroke = color if background == "#ffffff" else background
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y - 10:.1f}" width="{width:.1f}" height="15" rx="7" '
+                f'fill="{background}" stroke="{stroke}" stroke-width="0.7"/>'
+                f'<text x="{x + 5:.1f}" y="{y + 1.5:.1f}" style="fill:{color}">{escape(text)}</text>'
+            )
+            x += width + 5
         y += 18.0
     return "".join(parts) + "</g>"
 

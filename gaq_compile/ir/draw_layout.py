@@ -15,9 +15,10 @@ from itertools import pairwise
 import networkx as nx
 
 ROUTED_SPAN = 7  # longer wires are drawn straight and faint behind the boxes, without a route
-_GAP_X, _GAP_Y = 22.0, 46.0
+_GAP_X, _GAP_Y = 22.0, 34.0
 _SWEEPS = 12
 _WIRE_WIDTH = 10.0
+_TO_MIDDLE = 0.06
 
 Key = str | tuple[str, str, int]  # a box, or the place where a wire crosses a layer
 
@@ -135,9 +136,10 @@ def _positions(
                 near = [n for n in links[key] if sweep >= _SWEEPS or (where[n] < i) == down]
                 pull = [4.0 if not isinstance(key, str) and not isinstance(n, str) else 1.0 for n in near]
                 total = sum(pull)
-                wanted.append(
-                    sum(p * x[n] for p, n in zip(pull, near, strict=True)) / total if near else x[key]
-                )
+                # a weak pull to the middle keeps long graphs from drifting sideways
+                middle = total / (total + _TO_MIDDLE) if near else 1.0
+                at = sum(p * x[n] for p, n in zip(pull, near, strict=True)) / total if near else x[key]
+                wanted.append(at * middle)
                 weights.append(max(total, 0.1))
             for key, value in zip(row, _separated(wanted, weights, [widths[k] for k in row]), strict=True):
                 x[key] = value

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..config import activation_scheme
 from ..numerics import activations as act
 from ..numerics import packing, weights
 from . import reference as ref
@@ -117,7 +118,7 @@ def int_irreps_linear(
     """
     s = linear_spec(spec)
     if scheme != "f32" and x_scale is not None:
-        x = act.fake_quantize(x, x_scale, s.irreps_in, scheme)
+        x = act.fake_quantize(x, x_scale, s.irreps_in, activation_scheme(scheme))
     plain = packing.unpack_int4(codes, s.weight_numel) if bits == 4 else codes
     weight = weights.dequantize_weight(plain, weight_scale, s)
     return ref.irreps_linear(x, weight, bias, spec, transpose)
@@ -135,7 +136,7 @@ def _(x, x_scale, codes, weight_scale, bias, spec, scheme, bits, transpose, labe
 @_custom("mddq")
 def mddq(x: Tensor, scale: Tensor, irreps: str, scheme: str, label: str) -> Tensor:
     """Quantize and dequantize activations: magnitudes and directions apart (:mod:`..numerics`)."""
-    return act.fake_quantize(x, scale, irreps, scheme)
+    return act.fake_quantize(x, scale, irreps, activation_scheme(scheme))
 
 
 @mddq.register_fake
@@ -146,7 +147,7 @@ def _(x, scale, irreps, scheme, label):  # type: ignore[no-untyped-def]
 @_custom("mddq_backward")
 def mddq_backward(grad: Tensor, x: Tensor, scale: Tensor, irreps: str, scheme: str, label: str) -> Tensor:
     """The geometric straight-through gradient of ``mddq``."""
-    return act.fake_quantize_backward(grad, x, scale, irreps, scheme)
+    return act.fake_quantize_backward(grad, x, scale, irreps, activation_scheme(scheme))
 
 
 @mddq_backward.register_fake

@@ -12,8 +12,8 @@ import torch
 from e3nn import o3
 from torch import Tensor
 
-from . import activations
-from .layout import Block, dim, permutation
+from . import activations, harmonics
+from .layout import Block, blocks, dim, permutation, simplified
 from .specs import gate_spec, linear_spec, tensor_product_spec
 
 
@@ -125,19 +125,18 @@ def conv_backward(
 
 def spherical_harmonics(vec: Tensor, irreps: str, normalize: bool, normalization: str) -> Tensor:
     """Real spherical harmonics of ``vec`` (n, 3), e3nn's component order and signs."""
-    degrees = [ir.l for _, ir in o3.Irreps(irreps)]
-    return o3.spherical_harmonics(degrees, vec, normalize, normalization)
+    return harmonics.spherical_harmonics(vec, _degrees(irreps), normalize, normalization)
 
 
 def spherical_harmonics_backward(
     grad: Tensor, vec: Tensor, irreps: str, normalize: bool, normalization: str
 ) -> Tensor:
     """Gradient of :func:`spherical_harmonics` with respect to ``vec``."""
-    with torch.enable_grad():
-        leaf = vec.detach().requires_grad_(True)
-        value = spherical_harmonics(leaf, irreps, normalize, normalization)
-        (result,) = torch.autograd.grad(value, leaf, grad)
-    return result
+    return harmonics.spherical_harmonics_backward(grad, vec, _degrees(irreps), normalize, normalization)
+
+
+def _degrees(irreps: str) -> list[int]:
+    return [block.l for block in blocks(irreps)]
 
 
 def gate(x: Tensor, spec: str) -> Tensor:
@@ -172,8 +171,6 @@ def gate_backward(grad: Tensor, x: Tensor, spec: str) -> Tensor:
 
 def _gated(spec: str) -> list[tuple[slice, slice, Block]]:
     """(columns of the input, columns of the gates, block) per simplified gated block."""
-    from .layout import blocks, simplified
-
     s = gate_spec(spec)
     base, channel, out = dim(s.scalars) + dim(s.gates), 0, []
     for block in blocks(simplified(s.gated)) if s.gated else ():

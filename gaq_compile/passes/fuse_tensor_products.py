@@ -27,18 +27,28 @@ _SCATTERS = (aten.scatter_reduce.two, aten.scatter_add.default, aten.index_add.d
 def fuse_tensor_products(graph_module: GraphModule) -> GraphModule:
     """Fuse every gather -> tensor product -> scatter chain; see the module's text."""
     gm = copied(graph_module)
+    sorted_edges: dict[object, Node] = {}
     for gather, product, scatter in _chains(gm):
         senders, receivers = _gather_index(gather), _scatter_index(scatter)
         if senders is None or receivers is None or len(product.users) != 1:
             continue
         _, sh, weight, spec, label = product.args
+        key = (senders, receivers, str(gather.args[0].meta["val"].shape[0]))
+        if key not in sorted_edges:
+            sorted_edges[key] = _sort_edges(gm, gather, senders, receivers)
+        edges = sorted_edges[key]
         with gm.graph.inserting_before(scatter):
-            count = gm.graph.call_function(aten.sym_size.int, (gather.args[0], 0))
-            edges = gm.graph.call_function(gaq.sort_edges.default, (senders, receivers, count))
             fused = gm.graph.call_function(gaq.conv.default, (gather.args[0], sh, weight, edges, spec, label))
         fused.meta = {k: v for k, v in scatter.meta.items() if k in ("val", "stack_trace", "nn_module_stack")}
         scatter.replace_all_uses_with(fused)
     return finished(gm)
+
+
+def _sort_edges(gm: GraphModule, gather: Node, senders: Node, receivers: Node) -> Node:
+    """The adjacency order that the convolutions of one graph share."""
+    with gm.graph.inserting_before(gather):
+        count = gm.graph.call_function(aten.sym_size.int, (gather.args[0], 0))
+        return gm.graph.call_function(gaq.sort_edges.default, (senders, receivers, count))
 
 
 def _chains(gm: GraphModule) -> list[tuple[Node, Node, Node]]:

@@ -16,6 +16,9 @@ def simplify(graph_module: GraphModule) -> GraphModule:
     gm = copied(graph_module)
     for node in calls(gm, aten._assert_tensor_metadata.default):
         gm.graph.erase_node(node)
+    for target in (aten.detach.default, aten.alias.default):  # nothing differentiates at run time
+        for node in calls(gm, target):
+            node.replace_all_uses_with(node.args[0])
     for node in calls(gm, aten.select.int):
         stack, axis, index = node.args
         if is_call(stack, aten.stack.default) and axis == 0 and _stack_axis(stack) == 0:

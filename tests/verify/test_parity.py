@@ -18,6 +18,7 @@ def test_the_same_evaluator_has_no_error(emt, crystal):
 
 def test_known_differences_come_out_in_the_stated_units(emt, crystal, planted):
     def fault(atoms, p: Prediction):
+        assert p.stress is not None
         forces = p.forces * 1.1
         return replace(p, energy=p.energy + 0.032, energies=None, forces=forces, stress=p.stress + 0.001)
 

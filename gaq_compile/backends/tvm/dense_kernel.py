@@ -12,18 +12,15 @@ Integers never leave the task. Rows beyond the last are computed on clamped rows
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-from ...config import ActivationScheme
-from .dense_plan import ColumnTiles, DensePlan, Operand, Product, groups, padded
-from .emit import literal, loop, splat, vector
+from ...config import ActivationScheme, activation_scheme
 from .build import module_text
+from .dense_plan import ColumnTiles, DensePlan, Operand, Product, groups
+from .emit import literal, loop, splat, vector
 
 _BUFFERS = {"float32": "qf", "int16": "q16", "int8": "q8", "uint8": "q8"}
 _WEIGHTS = {"f32": "float32", "s8": "int8", "s4": "uint8"}
 
 
-@lru_cache(maxsize=1024)
 def dense_text(plan: DensePlan, parallel: bool) -> str:
     """The TVMScript module of a plan.
 
@@ -106,14 +103,14 @@ def _convert(plan: DensePlan, o: Operand) -> list[str]:
         lines.append(f"s = {vector('scale', f'{o.index} + u', lanes)}")
         values = [f"v{c} * s" for c in comps]
     else:
-        lines += _RULES[o.rule](plan.problem.scheme, o, lanes)
+        lines += _RULES[o.rule](activation_scheme(plan.problem.activation), o, lanes)
         values = [_stored(plan, o, c, lanes) for c in comps]
     for c, value in zip(comps, values, strict=True):
         lines.append(f"{_tile(plan, o, 'r', f'{c * o.width} + u', lanes)} = {value}")
     if o.slot < 0:
         return loop(f"i in T.serial({-(-mul // lanes)})", lines)
     zero = splat(literal(0.0), lanes)
-    bad = [f"T.Select(v{c} == v{c}, {zero}, v{c})" for c in comps]
+    bad = [f"T.Select(T.isnan(v{c}), v{c}, {zero})" for c in comps]
     name = f"seen{o.slot}"
     watch = vector(name, "0", lanes)
     lines.append(f"{watch} = {' + '.join([watch, *bad])}")
@@ -202,7 +199,8 @@ def _register_tile(plan: DensePlan, p: Product, tiles: ColumnTiles, height: int)
     if o.rule == "direct":
         lines += [f"i{r} = T.min(n0 + s * {height} + {r}, m - 1)" for r in range(height)]
     step = plan.unit.step(o.kind)
-    whole, halves = divmod(-(-p.depth // step), 2) if plan.problem.weight == "s4" else (-(-p.depth // step), 0)
+    steps = -(-p.depth // step)
+    whole, halves = divmod(steps, 2) if plan.problem.weight == "s4" else (steps, 0)
     if whole:
         lines += loop(f"k in T.serial({whole})", _group(plan, p, tiles, "k", odd=False))
     if halves:  # an odd last group: only the low halves of its bytes
@@ -229,7 +227,8 @@ def _group(plan: DensePlan, p: Product, tiles: ColumnTiles, k: str, *, odd: bool
     packed = plan.problem.weight == "s4"
     lines = []
     if packed:
-        lines = [f"b{v} = {vector('weight', f'{place} + {v * lanes * step}', lanes * step)}" for v in range(vectors)]
+        stacked = (f"{place} + {v * lanes * step}" for v in range(vectors))
+        lines = [f"b{v} = {vector('weight', at, lanes * step)}" for v, at in enumerate(stacked)]
     for half in range(2 if packed and not odd else 1):
         step_index = f"({k} * 2 + {half})" if packed else k
         for v in range(vectors):

@@ -7,11 +7,45 @@ from collections.abc import Iterable, Sequence
 
 from .build import module_text
 
-_AVX512 = ("znver4", "znver5", "skylake-avx512", "skx", "cascadelake", "cooperlake", "cannonlake")
-_AVX512 += ("icelake", "rocketlake", "tigerlake", "sapphirerapids", "emeraldrapids", "graniterapids")
-_AVX512 += ("diamondrapids", "x86-64-v4", "knl", "knm")
-_AVX2 = ("znver", "haswell", "broadwell", "skylake", "alderlake", "raptorlake", "meteorlake", "core-avx2")
-_AVX2 += ("arrowlake", "lunarlake", "sierraforest", "gracemont", "bdver4", "x86-64-v3")
+_AVX512 = tuple(
+    [
+        "znver4",
+        "znver5",
+        "skylake-avx512",
+        "skx",
+        "cascadelake",
+        "cooperlake",
+        "cannonlake",
+        "icelake",
+        "rocketlake",
+        "tigerlake",
+        "sapphirerapids",
+        "emeraldrapids",
+        "graniterapids",
+        "diamondrapids",
+        "x86-64-v4",
+        "knl",
+        "knm",
+    ]
+)
+_AVX2 = tuple(
+    [
+        "znver",
+        "haswell",
+        "broadwell",
+        "skylake",
+        "alderlake",
+        "raptorlake",
+        "meteorlake",
+        "arrowlake",
+        "lunarlake",
+        "sierraforest",
+        "gracemont",
+        "core-avx2",
+        "bdver4",
+        "x86-64-v3",
+    ]
+)
 
 
 def vector_lanes(target: str) -> int:
@@ -39,6 +73,13 @@ def vector(buffer: str, index: str, lanes: int, row: str = "") -> str:
     """``lanes`` consecutive elements of ``buffer`` (of row ``row`` where it has rows)."""
     place = index if lanes == 1 else f"T.ramp({index}, 1, {lanes})"
     return f"{buffer}[{row}, {place}]" if row else f"{buffer}[{place}]"
+
+
+def prefetch(buffer: str, index: str, row: str) -> str:
+    """Ask for the cache line of one element, into the second-level cache."""
+    return (
+        f'T.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of({buffer}[{row}, {index}]), 0, 2, 1))'
+    )
 
 
 def splat(scalar: str, lanes: int) -> str:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from ...errors import LoweringError
+from ...ir.layout import blocks, simplified
 from .build import compile_kernel
 from .dense_kernel import arguments, dense_text, sizes
 from .dense_plan import DensePlan, DenseSchedule, LinearProblem, Product, groups, make_plan, padded
@@ -36,29 +38,42 @@ class LinearKernel:
     constants: tuple[Tensor, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        plan = self.plan
-        if x.ndim != 2 or x.shape[1] != plan.dim_in or x.dtype != torch.float32:
+        dim_in, dim_out = self._dims
+        if x.ndim != 2 or x.shape[1] != dim_in or x.dtype != torch.float32:
             raise LoweringError(
-                f"expected a float32 tensor (N, {plan.dim_in}), got {x.dtype} {tuple(x.shape)}",
-                where=plan.problem.spec,
+                f"expected a float32 tensor (N, {dim_in}), got {x.dtype} {tuple(x.shape)}",
+                where=self.plan.problem.spec,
             )
         x = x.contiguous()
-        y = torch.empty((x.shape[0], plan.dim_out), dtype=torch.float32)
-        limit = _MAX_ELEMENTS // max(plan.dim_in, plan.dim_out, 1)
-        for start in range(0, x.shape[0], limit):
-            self._run(x[start : start + limit], y[start : start + limit])
+        y = torch.empty((x.shape[0], dim_out), dtype=torch.float32)
+        self.run(x, y)
         return y
 
-    def _run(self, x: Tensor, y: Tensor) -> None:
-        rows, schedule = x.shape[0], self.plan.schedule
-        parallel = rows * self.plan.work_per_row > schedule.serial_work
-        tasks = -(-rows // schedule.task_rows)
-        if parallel:  # as many tasks on every thread
-            tasks = padded(tasks, os.cpu_count() or 1)
-        self._kernel(parallel)(x, y, *self.constants, max(1, -(-rows // tasks)))
+    def run(self, x: Tensor, y: Tensor) -> None:
+        """Write the result for x (N, dim_in) into y (N, dim_out); both contiguous float32."""
+        rows, limit = x.shape[0], _MAX_ELEMENTS // max(*self._dims, 1)
+        if rows > limit:
+            for start in range(0, rows, limit):
+                self.run(x[start : start + limit], y[start : start + limit])
+        elif rows and self._dims[1]:
+            schedule = self.plan.schedule
+            if rows * self.plan.work_per_row <= schedule.serial_work:
+                self._serial(x, y, *self.constants, schedule.task_rows)
+            else:  # as many tasks on every thread
+                tasks = padded(-(-rows // schedule.task_rows), _threads())
+                self._parallel(x, y, *self.constants, -(-rows // tasks))
 
-    def _kernel(self, parallel: bool) -> Callable[..., None]:
-        return compile_kernel(dense_text(self.plan, parallel), self.target)
+    @cached_property
+    def _dims(self) -> tuple[int, int]:
+        return self.plan.dim_in, self.plan.dim_out
+
+    @cached_property
+    def _serial(self) -> Callable[..., None]:
+        return compile_kernel(dense_text(self.plan, parallel=False), self.target)
+
+    @cached_property
+    def _parallel(self) -> Callable[..., None]:
+        return compile_kernel(dense_text(self.plan, parallel=True), self.target)
 
     @property
     def weight_bytes(self) -> int:
@@ -94,8 +109,6 @@ def lower_linear(
     """
     plan = make_plan(problem, target, schedule)
     _check(problem, weight, weight_scale, x_scale, bias)
-    if plan.dim_in == 0 or not plan.products:
-        weight = weight.new_zeros(0)
     packed = {
         "weight": _pack_weights(plan, weight),
         "scale": _pack_scales(plan, weight_scale, x_scale),
@@ -106,6 +119,11 @@ def lower_linear(
     packed["steps"] = packed["steps"][: sizes(plan)["steps"]].clone()
     names = [name for name in arguments(plan) if name in packed]
     return LinearKernel(plan, target, tuple(packed[name] for name in names))
+
+
+@lru_cache(maxsize=1)
+def _threads() -> int:
+    return int(os.environ.get("TVM_NUM_THREADS") or os.cpu_count() or 1)
 
 
 def arithmetic(problem: LinearProblem, target: str) -> str:
@@ -127,8 +145,6 @@ def _check(
     x_scale: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    from ...ir.layout import blocks, simplified
-
     spec, quantized = problem.linear, problem.weight != "f32"
     scales = len(blocks(simplified(spec.irreps_in))) if problem.activation != "f32" else None
     expected = (

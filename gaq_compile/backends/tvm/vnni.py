@@ -16,14 +16,12 @@ from functools import lru_cache
 from .build import import_tvm
 
 # Processors known by name, so that a cached kernel is found without importing the compiler.
-_AVX512_VNNI = frozenset(
-    "znver4 znver5 cascadelake cooperlake icelake-client icelake-server rocketlake tigerlake "
-    "sapphirerapids emeraldrapids graniterapids graniterapids-d".split()
-)
-_AVX512 = frozenset("skylake-avx512 cannonlake x86-64-v4".split())
-_AVX_VNNI = frozenset("alderlake raptorlake meteorlake arrowlake arrowlake-s lunarlake sierraforest".split())
-_AVX2 = frozenset("haswell broadwell skylake znver1 znver2 znver3 x86-64-v3".split())
-_PLAIN = frozenset("core2 nehalem x86-64 x86-64-v2 generic cortex-a72 cortex-a76 neoverse-n1 apple-m1".split())
+_INTEL_VNNI = "cascadelake cooperlake icelake-client icelake-server rocketlake tigerlake sapphirerapids"
+_AVX512_VNNI = ("znver4", "znver5", "emeraldrapids", "graniterapids", *_INTEL_VNNI.split())
+_AVX512 = ("skylake-avx512", "cannonlake", "x86-64-v4")
+_AVX_VNNI = ("alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake", "sierraforest")
+_AVX2 = ("haswell", "broadwell", "skylake", "znver1", "znver2", "znver3", "x86-64-v3")
+_PLAIN = ("core2", "nehalem", "x86-64", "x86-64-v2", "generic")
 
 
 @dataclass(frozen=True)

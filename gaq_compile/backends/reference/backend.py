@@ -1,0 +1,30 @@
+"""The backend of last resort: the operator's own meaning in torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from ...ir.ops import ops
+from ..base import Attribute, Lowered, Refused, register_backend
+
+_INTEGER_WEIGHTS = ops.int_irreps_linear.default
+
+
+class ReferenceBackend:
+    """Runs every operator as :mod:`gaq_compile.ir.reference` defines it."""
+
+    name = "reference"
+
+    def __init__(self, target: str | None = None) -> None:
+        self.target = target or "torch"
+
+    def lower(self, node: Node, attribute: Attribute) -> Lowered | Refused:
+        """Always yes: the operator itself, with weights and settings left as arguments."""
+        operator: Any = node.target
+        simulated = " (integers simulated)" if operator is _INTEGER_WEIGHTS else ""
+        return Lowered(operator, f"f32{simulated}", node.args)
+
+
+register_backend("reference", ReferenceBackend)

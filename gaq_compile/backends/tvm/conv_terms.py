@@ -1,0 +1,105 @@
+"""A convolution's tensor product, unrolled into its nonzero Clebsch-Gordan constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from e3nn.o3 import wigner_3j
+
+from ...ir.specs import TensorProductPath, TensorProductSpec, tensor_product_spec
+
+_DIGITS = 12  # Clebsch-Gordan constants that agree to this many digits are the same number
+
+Form = tuple[tuple[int, float], ...]  # a linear form in sh: ((column, value), ...)
+
+
+@dataclass(frozen=True)
+class Triple:
+    """One nonzero constant: ``value = coefficient * C[m1, m2, m3]``; ``column`` is m2's place in sh."""
+
+    m1: int
+    column: int
+    m3: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """``A[m1, m3] = sign * symbol``; a symbol is one linear form in a chunk's harmonics."""
+
+    m1: int
+    m3: int
+    symbol: int
+    sign: int
+
+
+@dataclass(frozen=True)
+class PathTerms:
+    """One instruction, unrolled into its nonzero constants."""
+
+    path: TensorProductPath
+    triples: tuple[Triple, ...]
+    pairs: tuple[Pair, ...]
+
+    @property
+    def symbols(self) -> set[int]:
+        return {pair.symbol for pair in self.pairs}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A convolution with everything that its kernels need to know.
+
+    ``symbols[k]`` is the linear form ``sum value * sh[column]`` as ``((column, value), ...)``.
+    """
+
+    spec: TensorProductSpec
+    terms: tuple[PathTerms, ...]
+    symbols: tuple[Form, ...]
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The columns of sh that some path reads."""
+        return tuple(sorted({t.column for p in self.terms for t in p.triples}))
+
+    @property
+    def by_input(self) -> tuple[tuple[PathTerms, ...], ...]:
+        """The paths grouped by their block of x."""
+        groups: dict[int, list[PathTerms]] = {}
+        for terms in self.terms:
+            groups.setdefault(terms.path.block_x.base, []).append(terms)
+        return tuple(tuple(group) for group in groups.values())
+
+
+@lru_cache(maxsize=256)
+def conv_problem(spec: str) -> Problem:
+    """Unroll a :class:`TensorProductSpec` string into constants.
+
+    Raises:
+        IrrepsError: if the spec violates the selection rules.
+    """
+    parsed = tensor_product_spec(spec)
+    known: dict[Form, int] = {}
+    unrolled = tuple(_path_terms(path, known) for path in parsed.paths)
+    return Problem(parsed, unrolled, tuple(known))
+
+
+def _path_terms(path: TensorProductPath, known: dict[Form, int]) -> PathTerms:
+    sh = path.block_sh
+    constants = wigner_3j(path.block_x.l, sh.l, path.block_out.l, dtype=torch.float64)
+    triples: list[Triple] = []
+    forms: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    for m1, m2, m3 in constants.nonzero().tolist():
+        value = round(float(constants[m1, m2, m3]) * path.coefficient, _DIGITS)
+        if value != 0.0:
+            triple = Triple(m1, sh.base + m2 * sh.stride, m3, value)
+            triples.append(triple)
+            forms.setdefault((m1, m3), []).append((triple.column, value))
+    pairs = []
+    for (m1, m3), form in sorted(forms.items()):
+        sign = 1 if form[0][1] > 0 else -1
+        key = tuple((column, sign * value) for column, value in form)
+        pairs.append(Pair(m1, m3, known.setdefault(key, len(known)), sign))
+    return PathTerms(path, tuple(triples), tuple(pairs))

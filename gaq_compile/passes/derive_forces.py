@@ -1,0 +1,107 @@
+"""Energy -> energy, forces and virial as one graph.
+
+The energy graph is a function of edge vectors ``r_ij = r_j - r_i``. With ``g = dE/dr_ij``::
+
+    F_i = sum_(edges received by i) g - sum_(edges sent by i) g        (eV/Å)
+    W   = sum_edges r_ij (x) g                                         (eV; stress = W / V)
+
+Both follow from the chain rule, so one derivative serves forces and stress. The graph is traced
+through autograd once, here; nothing differentiates at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.fx.experimental._config as fx_config
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.func import functional_call
+
+from ..capture.graphs import EDGE_VECTORS
+from .graph_tools import finished
+
+OUTPUTS = ("energy", "atomic_energies", "forces", "virial")
+
+
+def derive_forces(graph_module: GraphModule, names: Sequence[str], example: Sequence[Tensor]) -> GraphModule:
+    """Differentiate the energy graph and trace the result.
+
+    Args:
+        graph_module: inputs ``names`` -> (N,) atomic energies, eV.
+        names: input names; must include "batch" and "ptr" (see ``capture.graphs.TENSOR_NAMES``).
+        example: inputs of a batch of at least two graphs.
+
+    Returns:
+        A graph with the same inputs that returns energy (G,) float64, atomic energies (N,),
+        forces (N, 3) and virial (G, 3, 3).
+    """
+    state = {
+        **{k: v.detach() for k, v in graph_module.named_parameters()},
+        **{k: v.detach() for k, v in graph_module.named_buffers()},
+    }
+    keys = list(state)
+    vectors = [name for name in names if name in EDGE_VECTORS]
+
+    def energy_and_forces(weights: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        named = dict(zip(names, inputs, strict=True))
+        for name in vectors:
+            named[name] = named[name].detach().requires_grad_(True)
+        with torch.enable_grad():
+            arguments = tuple(named[name] for name in names)
+            atomic = functional_call(graph_module, dict(zip(keys, weights, strict=True)), arguments)
+            gradients = torch.autograd.grad(atomic.sum(), [named[name] for name in vectors])
+        return (*_per_graph(atomic, named), *_forces(named, dict(zip(vectors, gradients, strict=True))))
+
+    with fx_config.patch(use_duck_shape=False):
+        traced = make_fx(energy_and_forces, tracing_mode="symbolic")(list(state.values()), list(example))
+    return finished(_with_attributes(traced, keys, state, names))
+
+
+def _per_graph(atomic: Tensor, named: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    graphs = named["ptr"].shape[0] - 1
+    total = torch.zeros(graphs, dtype=torch.float64).index_add(0, named["batch"], atomic.detach().double())
+    return total, atomic.detach()
+
+
+def _forces(named: dict[str, Tensor], gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    atoms, graphs = named["batch"].shape[0], named["ptr"].shape[0] - 1
+    forces = named["edge_vec"].new_zeros(atoms, 3)
+    virial = named["edge_vec"].new_zeros(graphs, 3, 3)
+    for name, gradient in gradients.items():
+        receivers, senders = (named[part] for part in EDGE_VECTORS[name])
+        forces = forces.index_add(0, receivers, gradient).index_add(0, senders, -gradient)
+        outer = named[name].detach()[:, :, None] * gradient[:, None, :]
+        virial = virial.index_add(0, named["batch"][receivers], outer)
+    return forces, virial
+
+
+def _with_attributes(
+    traced: GraphModule, keys: list[str], state: dict[str, Tensor], names: Sequence[str]
+) -> GraphModule:
+    """Turn the traced weight placeholders back into named attributes."""
+    graph = Graph()
+    values: dict[Node, Node] = {}
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    root = torch.nn.Module()
+    for node, name in zip(placeholders[len(keys) :], names, strict=True):
+        values[node] = graph.placeholder(name)
+        values[node].meta["val"] = node.meta.get("val")
+    for node, key in zip(placeholders, keys, strict=False):
+        if node.users:
+            attribute = key.replace(".", "_")
+            attribute = f"_{attribute}" if attribute[0].isdigit() else attribute
+            root.register_buffer(attribute, state[key])
+            values[node] = graph.get_attr(attribute)
+            values[node].meta["val"] = node.meta.get("val")
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            root.register_buffer(str(node.target), getattr(traced, str(node.target)).detach())
+        if node.op == "output":
+            results = node.args[0]
+            graph.output(tuple(values[r] for r in results))  # type: ignore[union-attr]
+        elif node.op != "placeholder":
+            values[node] = graph.node_copy(node, lambda n: values[n])
+    return GraphModule(root, graph)

@@ -1,0 +1,40 @@
+"""Quantize, decode and multiply become one integer node.
+
+Before::
+
+    x_q = gaq.mddq(x, steps, irreps, 's8 m8d8', 'layer')
+    weight = gaq.decode_weight(codes, scale, 8, spec, 'layer')
+    y = gaq.irreps_linear(x_q, weight, None, spec, False, 'layer')
+
+After::
+
+    y = gaq.int_irreps_linear(x, steps, codes, scale, None, spec, 's8 m8d8', 8, False, 'layer')
+
+The backward product keeps its float gradient and reads the same integer weights.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from .graph_tools import calls, copied, finished, gaq, is_call
+
+
+def fold_integers(graph_module: GraphModule) -> GraphModule:
+    """Fold every irreps-linear with integer weights; see the module's text."""
+    gm = copied(graph_module)
+    for node in calls(gm, gaq.irreps_linear.default):
+        x, weight, bias, spec, transpose, label = node.args
+        if not is_call(weight, gaq.decode_weight.default):
+            continue
+        codes, scale, bits, *_ = weight.args  # type: ignore[union-attr]
+        steps, scheme = None, "f32"
+        if is_call(x, gaq.mddq.default) and not transpose:
+            x, steps, _, scheme, _ = x.args  # type: ignore[union-attr]
+        arguments = (x, steps, codes, scale, bias, spec, scheme, bits, transpose, label)
+        with gm.graph.inserting_before(node):
+            folded = gm.graph.call_function(gaq.int_irreps_linear.default, arguments)
+        folded.meta = {k: v for k, v in node.meta.items() if k != "bits"}
+        folded.meta["bits"] = f"{scheme} · s{bits}"
+        node.replace_all_uses_with(folded)
+    return finished(gm)

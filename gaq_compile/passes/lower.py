@@ -1,0 +1,140 @@
+"""Each gaq node to the first backend that says it can run it; the rest falls back, with its reason.
+
+Before: ``y = gaq.int_irreps_linear(x, steps, codes, scale, None, spec, 's8 m8d8', 8, False, label)``
+After:  ``y = self.tvm_label(x)``   with ``node.meta["runs_on"] == "tvm s8·s8→s32 + s16·s8→s32"``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.progress import Progress
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from ..backends.base import Backend, Lowered, Refused
+from ..errors import LoweringError
+from .graph_tools import attribute, copied, finished, gaq
+
+# Ordering edges is index work, not arithmetic: it stays with torch by design, not by fallback.
+_HOST_OPERATORS = (gaq.sort_edges.default,)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Who runs one gaq node.
+
+    Attributes:
+        node: the node's name in the lowered graph.
+        label: the module it came from.
+        op: the operator's name.
+        backend: the backend that took it.
+        arithmetic: what it computes in.
+        reason: why the wanted backend refused, if it did.
+        integer_weights: whether the node holds integer weights.
+    """
+
+    node: str
+    label: str
+    op: str
+    backend: str
+    arithmetic: str
+    reason: str | None
+    integer_weights: bool
+
+
+class KernelCall(nn.Module):
+    """A backend's kernel as a module of the lowered graph."""
+
+    def __init__(self, run: Callable[..., Any], description: str) -> None:
+        super().__init__()
+        self.run, self.description = run, description
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.run(*arguments)
+
+    def extra_repr(self) -> str:
+        return self.description
+
+
+def lower(
+    graph_module: GraphModule, backends: Sequence[Backend], strict: bool = False, progress: bool = False
+) -> tuple[GraphModule, tuple[Placement, ...]]:
+    """Replace every gaq node by a backend's kernel.
+
+    Args:
+        graph_module: the graph after ``fold_integers``.
+        backends: in order of preference; the last must run everything.
+        strict: raise instead of falling back.
+        progress: show a progress bar (kernels may have to be compiled).
+
+    Returns:
+        The lowered graph and one :class:`Placement` per gaq node.
+
+    Raises:
+        LoweringError: with ``strict``, naming every node that would fall back and why.
+    """
+    gm = copied(graph_module)
+    nodes = [n for n in gm.graph.nodes if _is_gaq(n) and n.target not in _HOST_OPERATORS]
+    placements: list[Placement] = []
+    with Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("lowering", total=len(nodes))
+        for node in nodes:
+            placements.append(_place(gm, node, backends))
+            bar.advance(task)
+    refused = [p for p in placements if p.reason is not None]
+    if strict and refused:
+        lines = "\n".join(f"    {p.label} ({p.op}): {p.reason}" for p in refused)
+        raise LoweringError(f"{len(refused)} nodes have no kernel:\n{lines}", fix="use strict=False")
+    return finished(gm), tuple(placements)
+
+
+def _is_gaq(node: Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "namespace", "") == "gaq"
+
+
+def _place(gm: GraphModule, node: Node, backends: Sequence[Backend]) -> Placement:
+    reasons: list[str] = []
+    for backend in backends:
+        answer = backend.lower(node, lambda n: attribute(gm, n))
+        if isinstance(answer, Refused):
+            reasons.append(f"{backend.name}: {answer.reason}")
+            continue
+        new = _replace(gm, node, backend, answer, reasons)
+        return Placement(
+            node=new.name,
+            label=_label(node),
+            op=str(node.target).removesuffix(".default").replace(".", "::"),
+            backend=backend.name,
+            arithmetic=answer.arithmetic,
+            reason="; ".join(reasons) or None,
+            integer_weights=node.target is gaq.int_irreps_linear.default,
+        )
+    raise LoweringError(f"no backend runs {node.target}", where=_label(node), fix="; ".join(reasons))
+
+
+def _label(node: Node) -> str:
+    return str(node.args[-1])
+
+
+def _replace(gm: GraphModule, node: Node, backend: Backend, answer: Lowered, reasons: list[str]) -> Node:
+    text = f"{backend.name} {answer.arithmetic}" + (f" ({'; '.join(reasons)})" if reasons else "")
+    with gm.graph.inserting_before(node):
+        if backend.name == "reference":
+            new = gm.graph.call_function(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+        else:
+            new = gm.graph.call_module(_add_module(gm, node, backend, answer, text), answer.arguments)
+    new.meta = dict(node.meta)
+    new.meta["runs_on"], new.meta["label"] = text, _label(node)
+    new.meta["op"] = str(node.target).removesuffix(".default")
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+    return new
+
+
+def _add_module(gm: GraphModule, node: Node, backend: Backend, answer: Lowered, text: str) -> str:
+    clean = "".join(c if c.isalnum() else "_" for c in f"{backend.name}_{_label(node)}_{node.name}")
+    gm.add_module(clean, KernelCall(answer.run, text))
+    return clean

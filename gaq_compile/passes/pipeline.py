@@ -1,0 +1,58 @@
+"""The passes in order: the table of contents of the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ..config import QuantConfig
+from .calibrate import calibrate
+from .cancel_relayouts import cancel_relayouts
+from .derive_forces import derive_forces
+from .fold_integers import fold_integers
+from .fuse_tensor_products import fuse_tensor_products
+from .insert_mddq import insert_mddq
+from .simplify import simplify
+from .tag_irreps import tag_irreps
+
+Pass = Callable[[GraphModule], GraphModule]
+
+# On the captured energy graph, before anything is quantized.
+ENERGY_PASSES: tuple[Pass, ...] = (simplify, cancel_relayouts, fuse_tensor_products, simplify, tag_irreps)
+
+
+def prepare(captured: GraphModule) -> dict[str, GraphModule]:
+    """Capture -> a tagged, fused float energy graph; every stage under its pass's name."""
+    stages = {"capture": captured}
+    graph = captured
+    for apply in ENERGY_PASSES:
+        graph = apply(graph)
+        stages[apply.__name__] = graph
+    return stages
+
+
+def quantize_graph(
+    prepared: GraphModule,
+    config: QuantConfig,
+    names: Sequence[str],
+    example: Sequence[Tensor],
+    calibration: Sequence[Sequence[Tensor]],
+    progress: bool = False,
+) -> dict[str, GraphModule]:
+    """A prepared energy graph -> integer energy and forces, ready to be lowered.
+
+    Args:
+        prepared: the last stage of :func:`prepare`.
+        config: what to quantize and how.
+        names: the graph's input names.
+        example: inputs of a batch of at least two graphs, for tracing forces.
+        calibration: input batches that set the activation steps.
+        progress: show progress bars.
+    """
+    steps: Mapping[str, Tensor] = calibrate(prepared, calibration, config, progress)
+    quantized = tag_irreps(insert_mddq(prepared, config, steps))
+    forces = tag_irreps(simplify(derive_forces(quantized, names, example)))
+    folded = tag_irreps(fold_integers(forces))
+    return {"insert_mddq": quantized, "derive_forces": forces, "fold_integers": folded}

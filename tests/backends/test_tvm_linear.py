@@ -1,0 +1,298 @@
+"""Linear kernels against float64 and integer references: every scheme, odd shapes, other processors."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gaq_compile.backends.tvm.build import build_executable, host_target
+from gaq_compile.backends.tvm.dense_kernel import dense_text
+from gaq_compile.backends.tvm.dense_plan import column_tiles, make_plan
+from gaq_compile.backends.tvm.linear import (
+    DenseSchedule,
+    LinearKernel,
+    LinearProblem,
+    arithmetic,
+    has_vnni,
+    lower_linear,
+)
+from gaq_compile.errors import ConfigError, LoweringError
+from gaq_compile.ir.layout import blocks, dim, simplified
+from gaq_compile.numerics.activations import fake_quantize, quantize_block
+from gaq_compile.numerics.weights import dequantize_weight
+
+SCHEMES = ("f32", "s8 m8d8", "s8 c8", "s16 m16d16", "s8 m8exact")
+MIXED = "9x0e+5x1e -> 6x0e+18x1e"
+PATHS = "5x0e+7x1e+3x0e+9x1e -> 17x0e+3x1e+4x1e+2x2e+2x0o"
+BLOCKS = "32x0e+32x0e -> 32x0e+32x0e | 0:0 1:1"
+
+
+def llvm(cpu: str, **more: str) -> str:
+    return json.dumps({"kind": "llvm", "mcpu": cpu, **more})
+
+
+def runs_here(cpu: str) -> bool:
+    """Whether code for an x86 ``cpu`` runs on this machine."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    info = Path("/proc/cpuinfo")
+    return cpu == "core2" or (info.exists() and " avx2 " in info.read_text() and " fma " in info.read_text())
+
+
+def tensors(problem: LinearProblem, rows: int, seed: int = 0) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """A random input and the constants of a problem."""
+    g, spec = torch.Generator().manual_seed(seed), problem.linear
+    x = torch.randn(rows, dim(problem.irreps_in), generator=g)
+    made: dict[str, Tensor | None] = {"weight_scale": None, "x_scale": None, "bias": None}
+    if problem.weight == "f32":
+        made["weight"] = torch.randn(spec.weight_numel, generator=g)
+    else:
+        top = 127 if problem.weight == "s8" else 7
+        made["weight"] = torch.randint(-top, top + 1, (spec.weight_numel,), generator=g).to(torch.int8)
+        made["weight_scale"] = torch.rand(spec.scale_numel, generator=g) * 0.01 + 0.001
+    if problem.scheme is not None:
+        tops = [problem.scheme.qmax(b.l) for b in blocks(simplified(spec.irreps_in))]
+        made["x_scale"] = torch.tensor([2.5 / top for top in tops])
+    if problem.bias:
+        made["bias"] = torch.randn(sum(b.mul for b in spec.bias_blocks), generator=g)
+    return x, made
+
+
+def expected(problem: LinearProblem, x: Tensor, made: dict[str, Tensor | None]) -> Tensor:
+    """The operator in float64, on the values that the integers stand for."""
+    spec, weight = problem.linear, made["weight"]
+    if problem.scheme is not None:
+        x = fake_quantize(x, made["x_scale"], simplified(spec.irreps_in), problem.scheme)
+    if made["weight_scale"] is not None:
+        weight = dequantize_weight(weight, made["weight_scale"].double(), spec)
+    y = torch.zeros(x.shape[0], dim(problem.irreps_out), dtype=torch.float64)
+    for path in spec.paths:
+        matrix = weight[path.offset : path.offset + path.numel].double()
+        matrix = matrix.view(path.block_in.mul, path.block_out.mul)
+        a, b = path.block_in, path.block_out
+        if problem.transpose:
+            a, b, matrix = b, a, matrix.T
+        for c in range(a.components):
+            rows = x[:, a.base + c * a.stride :][:, : a.mul].double()
+            y[:, b.base + c * b.stride :][:, : b.mul] += rows @ matrix
+    start = 0
+    for b in spec.bias_blocks if problem.bias else ():
+        y[:, b.base : b.base + b.mul] += made["bias"][start : start + b.mul].double()
+        start += b.mul
+    return y
+
+
+def lower(
+    problem: LinearProblem,
+    made: dict[str, Tensor | None],
+    target: str = "",
+    schedule: DenseSchedule | None = None,
+) -> LinearKernel:
+    order = ("weight", "weight_scale", "x_scale", "bias")
+    return lower_linear(problem, *(made[k] for k in order), target or host_target(), schedule)
+
+
+def run(kernel: LinearKernel, x: Tensor) -> Tensor:
+    """The result in an output that held NaNs before."""
+    y = torch.full((x.shape[0], kernel.plan.dim_out), torch.nan)
+    kernel.run(x, y)
+    return y
+
+
+def assert_close(y: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
+    assert y.shape == want.shape
+    assert bool(torch.isfinite(y).all())
+    assert float((y - want).abs().max()) <= tolerance * float(want.abs().max())
+
+
+@pytest.mark.parametrize("weight", ["f32", "s8", "s4"])
+@pytest.mark.parametrize("activation", SCHEMES)
+def test_every_scheme_and_weight(activation: str, weight: str) -> None:
+    problem = LinearProblem(MIXED, activation, weight, bias=True)
+    for rows in (1, 7, 30):
+        x, made = tensors(problem, rows, seed=rows)
+        # mddq inputs near a tie may round the other way than in torch: then one operand moves by one
+        tolerance = 1e-5 if "d" not in activation else 2e-3
+        assert_close(run(lower(problem, made), x), expected(problem, x, made), tolerance)
+
+
+@pytest.mark.parametrize("spec", [PATHS, BLOCKS])
+@pytest.mark.parametrize("weight", ["f32", "s8", "s4"])
+def test_paths_blocks_and_transposes(spec: str, weight: str) -> None:
+    for problem in (LinearProblem(spec, weight=weight, bias=True), LinearProblem(spec, "f32", weight, True)):
+        x, made = tensors(problem, 7)
+        assert_close(run(lower(problem, made), x), expected(problem, x, made))
+
+
+def test_unreached_outputs_are_zero_or_bias() -> None:
+    problem = LinearProblem("4x0e+4x1e -> 3x0e+5x0e+2x1e+2x2o | 0:1 1:2", "s8 c8", "s8", bias=True)
+    x, made = tensors(problem, 5)
+    y = run(lower(problem, made), x)
+    assert torch.equal(y[:, :3], made["bias"][:3].expand(5, 3))
+    assert torch.equal(y[:, -10:], torch.zeros(5, 10))
+
+
+@pytest.mark.parametrize("activation", ["s8 m8d8", "s8 c8", "s16 m16d16"])
+def test_integer_products_are_exact(activation: str) -> None:
+    """With identity weights a kernel shows its operands; the product of these must be exact."""
+    spec = "21x0e+19x1e+18x2e -> 21x0e+19x1e+18x2e"
+    problem = LinearProblem(spec, activation, "s8")
+    x, made = tensors(problem, 29)
+    scheme, found = problem.scheme, blocks(problem.irreps_in)
+    unit = [2.0**-scheme.fraction_bits if b.l else 1.0 for b in found]
+    eye = torch.cat([torch.eye(b.mul, dtype=torch.int8).flatten() for b in found])
+    ones = made | {"weight": eye, "weight_scale": _spread(found, 1 / (made["x_scale"] * torch.tensor(unit)))}
+    operands = run(lower(problem, ones), x).round().long()
+    y = run(lower(problem, made), x)
+    for path, step, u in zip(problem.linear.paths, made["x_scale"], unit, strict=True):
+        b, n = path.block_in, path.block_in.mul
+        span = slice(b.base, b.base + b.components * n)
+        codes = made["weight"][path.offset : path.offset + n * n].view(n, n).long()
+        total = operands[:, span].view(-1, b.components, n) @ codes
+        scale = made["weight_scale"][path.scale_offset : path.scale_offset + n] * (step * u)
+        assert torch.equal(y[:, span].view(-1, b.components, n), total.float() * scale)
+        want = quantize_block(x[:, span].view(-1, b.components, n), b.l, step, scheme)[0].long()
+        differs = operands[:, span].view_as(want) != want
+        assert float(differs.float().mean()) < (2e-2 if "d" in activation and b.l else 1e-9)
+
+
+def _spread(found: tuple, values: Tensor) -> Tensor:
+    return torch.cat([v.expand(b.mul) for b, v in zip(found, values, strict=True)])
+
+
+@pytest.mark.parametrize("activation", ["s8 c8", "s16 c16"])
+@pytest.mark.parametrize("weight", ["s8", "s4"])
+def test_long_sums_of_extreme_values_do_not_overflow(activation: str, weight: str) -> None:
+    problem = LinearProblem("1031x0e -> 3x0e", activation, weight)
+    x, made = tensors(problem, 2)
+    x = torch.full_like(x, 1e6) * torch.tensor([[1.0], [-1.0]])
+    made["weight"] = torch.full_like(made["weight"], 127 if weight == "s8" else -7)
+    assert_close(run(lower(problem, made), x), expected(problem, x, made), 1e-6)
+
+
+def test_rows_in_every_position_of_a_task() -> None:
+    problem = LinearProblem("16x0e -> 40x0e", "s8 c8", "s8")
+    schedule = DenseSchedule(serial_work=0)
+    x, made = tensors(problem, 61)
+    want = expected(problem, x, made)
+    for kernel in (lower(problem, made, schedule=schedule), lower(problem, made)):
+        for rows in (0, 1, 2, 23, 24, 25, 49, 61):
+            y = run(kernel, x[:rows])
+            assert rows == 0 or float((y - want[:rows]).abs().max()) < 1e-5
+        assert torch.equal(kernel(x[3:]), run(kernel, x)[3:])  # a view that starts anywhere
+        assert torch.equal(kernel(x.T.contiguous().T), run(kernel, x))
+
+
+def test_neighbouring_rows_and_memory_stay_untouched() -> None:
+    problem = LinearProblem("7x0e -> 5x0e")
+    x, made = tensors(problem, 6)
+    room = torch.full((10, 5), -7.0)
+    lower(problem, made).run(x, room[2:8])
+    assert bool((room[:2] == -7).all()) and bool((room[8:] == -7).all())
+
+
+@pytest.mark.parametrize("activation", ["s8 m8d8", "s8 c8", "s8 m8exact"])
+def test_nan_stays_visible(activation: str) -> None:
+    problem = LinearProblem(MIXED, activation, "s8")
+    x, made = tensors(problem, 4)
+    clean = run(lower(problem, made), x)
+    x[2, 1], x[1, 12] = torch.nan, torch.nan  # a scalar of row 2, a vector of row 1
+    y = run(lower(problem, made), x)
+    assert bool(y[2, :6].isnan().all()) and bool(y[1, 6:24].isnan().any())
+    assert torch.equal(y[[0, 3]], clean[[0, 3]])
+
+
+def test_zero_vectors_quantize_to_zero() -> None:
+    problem = LinearProblem("4x1e -> 4x1e", "s8 m8d8", "s8")
+    x, made = tensors(problem, 3)
+    assert torch.equal(run(lower(problem, made), torch.zeros_like(x)), torch.zeros(3, 12))
+    tiny = run(lower(problem, made), torch.full_like(x, 1e-30))
+    assert torch.equal(tiny, torch.zeros(3, 12))
+
+
+@pytest.mark.parametrize("cpu", ["core2", "haswell"])
+@pytest.mark.parametrize("activation,weight", [("f32", "f32"), ("s8 m8d8", "s8"), ("s16 c16", "s4")])
+def test_kernels_without_vnni(cpu: str, activation: str, weight: str) -> None:
+    """The same bits as with VNNI, run here where this processor can."""
+    problem = LinearProblem("9x0e+5x1e -> 6x0e+18x1e", activation, weight)
+    x, made = tensors(problem, 7)
+    kernel = lower(problem, made, llvm(cpu))
+    assert not has_vnni(llvm(cpu))
+    if not runs_here(cpu):
+        build_executable(dense_text(kernel.plan, parallel=True), llvm(cpu))
+        return
+    y, here = run(kernel, x), run(lower(problem, made), x)
+    assert_close(y, expected(problem, x, made), 2e-3 if "d" in activation else 1e-5)
+    assert_close(y, here.double(), 2e-3 if "d" in activation else 1e-6)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        llvm("skylake-avx512"),
+        llvm("alderlake"),
+        llvm("cascadelake"),
+        llvm("cortex-a72", mtriple="aarch64-linux-gnu"),
+    ],
+)
+def test_other_processors_compile(target: str) -> None:
+    plan = make_plan(LinearProblem("9x0e+5x1e -> 18x0e+3x1e", "s8 m8d8", "s8"), target)
+    build_executable(dense_text(plan, parallel=True), target)
+
+
+def test_arithmetic_and_vnni() -> None:
+    vnni = llvm("cascadelake")
+    assert has_vnni(vnni) and has_vnni(llvm("alderlake")) and not has_vnni(llvm("haswell"))
+
+    def names(activation: str, weight: str) -> str:
+        return arithmetic(LinearProblem(MIXED, activation, weight), vnni)
+
+    assert names("f32", "f32") == "f32"
+    assert names("s8 c8", "s8") == "s8·s8→s32"
+    assert names("s8 m8d8", "s8") == "s8·s8→s32 + s16·s8→s32"
+    assert names("s8 m8exact", "s4") == "s8·s4→s32 + f32·s4→f32"
+    assert names("f32", "s8") == "f32·s8→f32"
+
+
+def test_four_bit_weights_are_stored_in_half_the_bytes() -> None:
+    sizes = {}
+    for weight in ("f32", "s8", "s4"):
+        problem = LinearProblem("64x0e -> 64x0e", "s8 c8" if weight != "f32" else "f32", weight)
+        sizes[weight] = lower(problem, tensors(problem, 1)[1]).constants[0].numel()
+    assert (sizes["s8"], sizes["s4"]) == (64 * 64, 32 * 64)
+
+
+def test_column_tiles_cover_every_channel_once() -> None:
+    for lanes in (4, 16):
+        for mul in range(1, 200):
+            tiles = column_tiles(mul, lanes, (12, 12, 8, 6))
+            starts = [(t.start + j * t.vectors, t.vectors) for t in tiles for j in range(t.count)]
+            covered = [start + v for start, vectors in starts for v in range(vectors)]
+            assert covered == list(range(-(-mul // lanes)))
+            if mul % lanes:
+                assert tiles[-1].count == 1
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(LoweringError, match="gradient"):
+        LinearProblem(MIXED, "s8 c8", "s8", transpose=True)
+    with pytest.raises(LoweringError, match="weight type"):
+        LinearProblem(MIXED, weight="s2")
+    with pytest.raises(ConfigError):
+        LinearProblem(MIXED, "s8 q8", "s8")
+    problem = LinearProblem("4x0e -> 4x0e", "s8 c8", "s4", bias=True)
+    x, made = tensors(problem, 3)
+    for name in ("weight", "weight_scale", "x_scale", "bias"):
+        with pytest.raises(LoweringError, match=name):
+            lower(problem, made | {name: torch.zeros(3)})
+    with pytest.raises(LoweringError, match="exceeds 7"):
+        lower(problem, made | {"weight": torch.full((16,), 8, dtype=torch.int8)})
+    with pytest.raises(LoweringError, match="float32"):
+        lower(problem, made)(x.double())
+    with pytest.raises(LoweringError, match="float32"):
+        lower(problem, made)(x[:, :3])

@@ -91,7 +91,7 @@ def collate(structures: Sequence[Atoms], form: GraphFormat, *, check: bool = Tru
         raise StructureError("no structures were given", fix="pass an ase.Atoms or a list of them")
     if check:
         for index, atoms in enumerate(structures):
-            check_structure(atoms, where=f"structure {index} ({atoms.get_chemical_formula()})")
+            check_structure(atoms)
             _check_elements(atoms, form, index)
     sizes = [len(atoms) for atoms in structures]
     ptr = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)

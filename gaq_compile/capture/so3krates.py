@@ -8,14 +8,17 @@ vectors alone.
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import torch
+from ase import Atoms
 from torch import Tensor, nn
 
 from ..ir.ops import ops
 from ..ir.specs import LinearSpec, TensorProductSpec
-from .base import EnergyModel
+from .base import EnergyModel, RawPrediction
 from .graphs import GraphFormat
 from .modules import CONVERTERS, Converter, IrrepsLinear, swap
 
@@ -47,7 +50,63 @@ class So3kratesRecipe:
         form = GraphFormat(
             names, float(model.r_max), cutoff_lr, elements=tuple(range(1, num_elements + 1))  # type: ignore[arg-type]
         )
-        return EnergyModel(_So3kratesEnergy(swapped, num_elements), form, "So3krates")
+        return EnergyModel(_So3kratesEnergy(swapped, num_elements), form, "So3krates", (False,))
+
+
+    def original(self, model: nn.Module) -> So3kratesOriginal:
+        """The model as its own package runs it."""
+        return So3kratesOriginal(model)
+
+
+class So3kratesOriginal:
+    """The user's model on structures, through its own code (a copy; the model is untouched)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = copy.deepcopy(model).eval()
+        for parameter in self._model.parameters():
+            parameter.requires_grad_(False)
+        self._cutoff_lr = None
+        if getattr(model, "use_lr", False):
+            self._cutoff_lr = float(getattr(model, "r_max_lr", None) or CUTOFF_LR)
+            self._model.r_max_lr = self._cutoff_lr  # type: ignore[assignment]
+            if getattr(model, "dispersion_energy_cutoff_lr_damping", None) is None:
+                self._model.dispersion_energy_cutoff_lr_damping = DISPERSION_DAMPING  # type: ignore[assignment]
+
+    def prepare(self, atoms: Atoms) -> Any:
+        """The package's batch of one structure."""
+        from so3krates_torch.data.atomic_data import AtomicData
+        from so3krates_torch.data.utils import KeySpecification, config_from_atoms
+        from so3krates_torch.tools import torch_geometric, utils
+
+        plain = atoms.copy()
+        plain.info["charge"] = float(atoms.info.get("charge", 0.0))
+        plain.info["total_spin"] = float(atoms.info.get("spin", 0.0))
+        keys = KeySpecification(info_keys={"total_charge": "charge", "total_spin": "total_spin"}, arrays_keys={})
+        table = utils.AtomicNumberTable(list(range(1, int(self._model.num_elements) + 1)))  # type: ignore[arg-type]
+        data = AtomicData.from_config(
+            config_from_atoms(plain, key_specification=keys),
+            z_table=table,
+            cutoff=float(self._model.r_max),  # type: ignore[arg-type]
+            cutoff_lr=self._cutoff_lr,
+        )
+        loader = torch_geometric.dataloader.DataLoader(dataset=[data], batch_size=1, shuffle=False, drop_last=False)
+        return next(iter(loader)), bool(atoms.pbc.all())
+
+    def run(self, prepared: Any) -> Any:
+        """Energy and forces (and stress of a periodic cell) of a prepared batch; what is timed."""
+        batch, periodic = prepared
+        return self._model(batch.clone().to_dict(), compute_stress=periodic)
+
+    def predict(self, atoms: Atoms) -> RawPrediction:
+        """The model's answer for one structure."""
+        from ase.stress import full_3x3_to_voigt_6_stress
+
+        out = self.run(self.prepare(atoms))
+        energies = out["node_energy"].detach().double().reshape(-1).numpy()
+        stress = None
+        if out.get("stress") is not None:
+            stress = full_3x3_to_voigt_6_stress(out["stress"].detach().reshape(3, 3).numpy())
+        return RawPrediction(float(energies.sum()), out["forces"].detach().numpy(), stress, energies)
 
 
 class _So3kratesEnergy(nn.Module):
@@ -56,6 +115,9 @@ class _So3kratesEnergy(nn.Module):
     def __init__(self, model: nn.Module, num_elements: int) -> None:
         super().__init__()
         self.model, self.num_elements = model, num_elements
+        head = model.atomic_energy_output_block
+        self.register_buffer("energy_shift", head.energy_shifts.detach().double())  # type: ignore[union-attr, operator]
+        head.energy_shifts = nn.Parameter(torch.zeros_like(head.energy_shifts), requires_grad=False)  # type: ignore[union-attr, arg-type]
         model._get_graph = self._get_graph  # type: ignore[assignment]
 
     def _get_graph(self, data: dict[str, Tensor], **_: object) -> None:
@@ -110,8 +172,8 @@ class _So3kratesEnergy(nn.Module):
             data["edge_index_lr"] = torch.stack([receivers_lr, senders_lr])
             data["shifts_lr"] = edge_vec_lr
         out = self.model(data, compute_force=False)
-        energies = out["node_energy"] if "node_energy" in out else None
-        return energies.squeeze(-1)  # type: ignore[union-attr]
+        # The reference energies of atoms are added in float64: in float32 they would cost digits.
+        return out["node_energy"].squeeze(-1).double() + self.energy_shift[numbers - 1]  # type: ignore[index]
 
 
 def _irreps_of(degrees: list[int]) -> str:

@@ -7,59 +7,80 @@ from ase import Atoms
 
 from ..errors import StructureError
 
-SHORTEST = 0.1  # Å; two nuclei nearer than this are a broken file, not chemistry
+COINCIDENT = 0.1  # Å; below this no potential was ever trained
+SINGULAR = 1e-6  # smallest singular value of the normalised periodic cell vectors
 
 
-def check_structure(atoms: Atoms, *, where: str = "") -> None:
-    """Raise where positions, cell or atoms make no physical sense.
+def check_structure(atoms: Atoms) -> None:
+    """Refuse a structure that no potential can evaluate.
 
     Raises:
-        StructureError: for a wrong type or shape, no atoms, NaN or infinite positions or cell, a
-            singular cell with periodic boundaries, or two atoms nearer than 0.1 Å.
+        StructureError: for an empty structure, arrays of wrong shape, positions or cell that are
+            NaN or infinite, a singular cell where the structure is periodic, or two atoms (or an
+            atom and its own image) closer than 0.1 Å; names the atoms.
     """
     if not isinstance(atoms, Atoms):
-        raise StructureError(f"expected ase.Atoms, got {type(atoms).__name__}", where=where)
-    if len(atoms) == 0:
-        raise StructureError("the structure has no atoms", where=where)
-    _check_positions(atoms, where)
-    _check_cell(atoms, where)
-    _check_distances(atoms, where)
-
-
-def _check_positions(atoms: Atoms, where: str) -> None:
-    bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
+        raise StructureError(f"expected ase.Atoms, got {type(atoms).__name__}", fix="pass an ase.Atoms")
+    positions = np.asarray(atoms.arrays["positions"])
+    numbers = np.asarray(atoms.arrays["numbers"])
+    where = f"{numbers.size} atoms"
+    if positions.ndim != 2 or positions.shape[1:] != (3,) or numbers.shape != positions.shape[:1]:
+        raise StructureError(
+            f"positions of shape {positions.shape} for atomic numbers of shape {numbers.shape}",
+            fix="give positions (n, 3) and numbers (n,)",
+        )
+    if numbers.size == 0:
+        raise StructureError("a structure without atoms", fix="give at least one atom")
+    bad = np.flatnonzero(~np.isfinite(positions).all(axis=1))
     if bad.size:
+        named = ", ".join(_atom(atoms, int(i)) for i in bad[:5]) + (", ..." if bad.size > 5 else "")
         raise StructureError(
-            f"{bad.size} atoms have NaN or infinite positions, the first is atom {bad[0]}",
+            f"positions that are NaN or infinite: {named}",
             where=where,
-            fix="look at the step that produced these positions (an exploded trajectory, a bad file)",
+            fix="look where the structure was made: an exploded trajectory or a damaged file",
+        )
+    _check_cell(atoms)
+    _check_distances(atoms)
+
+
+def _check_cell(atoms: Atoms) -> None:
+    cell = np.asarray(atoms.cell.array if hasattr(atoms.cell, "array") else atoms.cell, dtype=np.float64)
+    if cell.shape != (3, 3):
+        raise StructureError(f"a cell of shape {cell.shape}", fix="give three cell vectors (3, 3)")
+    if not np.isfinite(cell).all():
+        raise StructureError("a cell with NaN or infinite entries")
+    periodic = cell[np.asarray(atoms.pbc, dtype=bool)]
+    lengths = np.linalg.norm(periodic, axis=1)
+    singular = bool((lengths == 0).any())
+    if periodic.size and not singular:
+        singular = bool(np.linalg.svd(periodic / lengths[:, None], compute_uv=False)[-1] < SINGULAR)
+    if singular:
+        raise StructureError(
+            "a periodic structure whose cell is singular",
+            where=f"pbc {tuple(bool(p) for p in atoms.pbc)}, cell {cell.tolist()}",
+            fix="set the cell, or pbc=False for a molecule",
         )
 
 
-def _check_cell(atoms: Atoms, where: str) -> None:
-    if not atoms.pbc.any():
+def _check_distances(atoms: Atoms) -> None:
+    from ase.neighborlist import neighbor_list
+
+    i, j, distance = neighbor_list("ijd", atoms, COINCIDENT)
+    if len(i) == 0:
         return
-    if not np.isfinite(atoms.cell.array).all():
-        raise StructureError("the cell has NaN or infinite entries", where=where, fix="set atoms.cell")
-    if bool(np.any(np.linalg.norm(atoms.cell.array[atoms.pbc], axis=1) < 1e-6)) or (
-        bool(atoms.pbc.all()) and abs(atoms.cell.volume) < 1e-6
-    ):
-        raise StructureError(
-            "periodic boundaries are on but the cell has no volume", where=where, fix="set atoms.cell or atoms.pbc=False"
-        )
-
-
-def _check_distances(atoms: Atoms, where: str) -> None:
-    from vesin import NeighborList
-
-    box = atoms.cell.array if atoms.pbc.any() else np.zeros((3, 3))
-    finder = NeighborList(cutoff=SHORTEST, full_list=False)
-    i, j, d = finder.compute(
-        points=atoms.positions, box=box, periodic=tuple(bool(p) for p in atoms.pbc), quantities="ijd"
+    nearest = int(np.argmin(distance))
+    a, b = int(i[nearest]), int(j[nearest])
+    pair = f"{_atom(atoms, a)} and " + ("its own periodic image" if a == b else _atom(atoms, b))
+    raise StructureError(
+        f"coincident atoms: {pair} are {distance[nearest]:.4f} Å apart",
+        where=f"{len(atoms)} atoms, {len(i) // 2} such pairs",
+        fix="remove duplicates (also those that a cell or a supercell made), or relax first",
     )
-    if len(i):
-        raise StructureError(
-            f"atoms {int(i[0])} and {int(j[0])} are {float(d[0]):.3f} Å apart",
-            where=where,
-            fix="remove the duplicate atom or check the cell and units",
-        )
+
+
+def _atom(atoms: Atoms, index: int) -> str:
+    from ase.data import chemical_symbols
+
+    number = int(atoms.arrays["numbers"][index])
+    symbol = chemical_symbols[number] if 0 <= number < len(chemical_symbols) else f"Z={number}"
+    return f"{symbol}[{index}]"

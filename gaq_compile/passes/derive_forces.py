@@ -18,7 +18,7 @@ import torch.fx.experimental._config as fx_config
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.func import functional_call
+from torch.func import functional_call, functionalize
 
 from ..capture.graphs import EDGE_VECTORS
 from .graph_tools import finished
@@ -56,7 +56,9 @@ def derive_forces(graph_module: GraphModule, names: Sequence[str], example: Sequ
         return (*_per_graph(atomic, named), *_forces(named, dict(zip(vectors, gradients, strict=True))))
 
     with fx_config.patch(use_duck_shape=False):
-        traced = make_fx(energy_and_forces, tracing_mode="symbolic")(list(state.values()), list(example))
+        # Gradient formulas work in place here and there; passes may only see pure operators.
+        pure = functionalize(energy_and_forces, remove="mutations")
+        traced = make_fx(pure, tracing_mode="symbolic")(list(state.values()), list(example))
     return finished(_with_attributes(traced, keys, state, names))
 
 

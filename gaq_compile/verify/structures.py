@@ -11,93 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from ..errors import StructureError
+from ..capture.structures import check_structure
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-COINCIDENT = 0.1  # Å; below this no potential was ever trained
-SINGULAR = 1e-6  # smallest singular value of the normalised periodic cell vectors
-
-
-def check_structure(atoms: Atoms) -> None:
-    """Refuse a structure that no potential can evaluate.
-
-    Raises:
-        StructureError: for an empty structure, arrays of wrong shape, positions or cell that are
-            NaN or infinite, a singular cell where the structure is periodic, or two atoms (or an
-            atom and its own image) closer than 0.1 Å; names the atoms.
-    """
-    positions = np.asarray(atoms.arrays["positions"])
-    numbers = np.asarray(atoms.arrays["numbers"])
-    where = f"{numbers.size} atoms"
-    if positions.ndim != 2 or positions.shape[1:] != (3,) or numbers.shape != positions.shape[:1]:
-        raise StructureError(
-            f"positions of shape {positions.shape} for atomic numbers of shape {numbers.shape}",
-            fix="give positions (n, 3) and numbers (n,)",
-        )
-    if numbers.size == 0:
-        raise StructureError("a structure without atoms", fix="give at least one atom")
-    bad = np.flatnonzero(~np.isfinite(positions).all(axis=1))
-    if bad.size:
-        named = ", ".join(_atom(atoms, int(i)) for i in bad[:5]) + (", ..." if bad.size > 5 else "")
-        raise StructureError(
-            f"positions that are NaN or infinite: {named}",
-            where=where,
-            fix="look where the structure was made: an exploded trajectory or a damaged file",
-        )
-    _check_cell(atoms)
-    _check_distances(atoms)
-
-
-def _check_cell(atoms: Atoms) -> None:
-    cell = np.asarray(atoms.cell.array if hasattr(atoms.cell, "array") else atoms.cell, dtype=np.float64)
-    if cell.shape != (3, 3):
-        raise StructureError(f"a cell of shape {cell.shape}", fix="give three cell vectors (3, 3)")
-    if not np.isfinite(cell).all():
-        raise StructureError("a cell with NaN or infinite entries")
-    periodic = cell[np.asarray(atoms.pbc, dtype=bool)]
-    lengths = np.linalg.norm(periodic, axis=1)
-    singular = bool((lengths == 0).any())
-    if periodic.size and not singular:
-        singular = bool(np.linalg.svd(periodic / lengths[:, None], compute_uv=False)[-1] < SINGULAR)
-    if singular:
-        raise StructureError(
-            "a periodic structure whose cell is singular",
-            where=f"pbc {tuple(bool(p) for p in atoms.pbc)}, cell {cell.tolist()}",
-            fix="set the cell, or pbc=False for a molecule",
-        )
-
-
-def _check_distances(atoms: Atoms) -> None:
-    from ase.neighborlist import neighbor_list
-
-    i, j, distance = neighbor_list("ijd", atoms, COINCIDENT)
-    if len(i) == 0:
-        return
-    nearest = int(np.argmin(distance))
-    a, b = int(i[nearest]), int(j[nearest])
-    pair = f"{_atom(atoms, a)} and " + ("its own periodic image" if a == b else _atom(atoms, b))
-    raise StructureError(
-        f"coincident atoms: {pair} are {distance[nearest]:.4f} Å apart",
-        where=f"{len(atoms)} atoms, {len(i) // 2} such pairs",
-        fix="remove duplicates (also those that a cell or a supercell made), or relax first",
-    )
-
-
-def _atom(atoms: Atoms, index: int) -> str:
-    from ase.data import chemical_symbols
-
-    number = int(atoms.arrays["numbers"][index])
-    symbol = chemical_symbols[number] if 0 <= number < len(chemical_symbols) else f"Z={number}"
-    return f"{symbol}[{index}]"
-
-
-def _plain(atoms: Atoms) -> Atoms:
-    copy = atoms.copy()
-    copy.set_constraint()
-    return copy
-
+__all__ = ["check_structure", "displaced", "random_rotations", "rattled", "rotated", "strained"]
 
 def rattled(atoms: Atoms, stdev: float, seed: int = 0) -> Atoms:
     """Gaussian displacements of every coordinate, standard deviation ``stdev`` Å."""
@@ -137,3 +56,9 @@ def strained(atoms: Atoms, strain: np.ndarray) -> Atoms:
     deformed.set_cell(np.asarray(deformed.cell.array) @ deformation, scale_atoms=False)
     deformed.positions = deformed.positions @ deformation
     return deformed
+
+
+def _plain(atoms: Atoms) -> Atoms:
+    copy = atoms.copy()
+    copy.set_constraint()
+    return copy

@@ -21,6 +21,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...errors import LoweringError, MissingPackageError
 
 ENTRY = "main"  # the name of every generated kernel function
@@ -65,6 +67,7 @@ def host_target() -> str:
 def import_tvm() -> Any:
     """The ``tvm`` package, imported only when something has to be compiled."""
     tvm_version()
+    _load_runtime()
     import tvm
 
     return tvm
@@ -111,7 +114,7 @@ def build_executable(source: str, target: str) -> Any:
     try:
         module = tvm.script.from_source(source, extra_vars={"I": I, "T": T})
         return tvm.compile(module, target=tvm.target.Target(json.loads(target)))
-    except (tvm.error.TVMError, tvm.error.DiagnosticError, ValueError, RuntimeError) as error:
+    except (tvm.error.InternalError, tvm.error.DiagnosticError, ValueError, TypeError, RuntimeError) as error:
         raise LoweringError(
             f"TVM rejected a generated kernel: {error}",
             where=f"target {target}",
@@ -140,6 +143,10 @@ def module_text(signature: str, body: str, *, preamble: str = "") -> str:
 @lru_cache(maxsize=1)
 def _load_runtime() -> None:
     """Make the symbols of TVM's runtime (thread pool) visible to cached kernels."""
+    # By itself TVM's pool takes half of an x86 machine's cores; it should use what torch uses.
+    os.environ.setdefault("TVM_NUM_THREADS", str(torch.get_num_threads()))
+    import tvm_ffi  # noqa: F401 - its library must be loaded before the runtime that links to it
+
     spec = importlib.util.find_spec("tvm")  # locates the package without importing it
     if spec is None or spec.origin is None:
         tvm_version()

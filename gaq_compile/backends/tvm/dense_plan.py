@@ -82,8 +82,8 @@ class DenseSchedule:
         components_first: sweep a block's components outside (rather than inside) its column tiles.
     """
 
-    rows: tuple[int, ...] = (12, 12, 8, 6)
-    task_rows: int = 24
+    rows: tuple[int, ...] = (8, 8, 6, 4)
+    task_rows: int = 48
     serial_work: int = 1 << 20
     components_first: bool = False
 
@@ -91,7 +91,7 @@ class DenseSchedule:
 @lru_cache(maxsize=64)
 def default_schedule(unit: VectorUnit) -> DenseSchedule:
     """Register tiles that fill a unit's registers without spilling."""
-    return DenseSchedule() if unit.registers >= 32 else DenseSchedule(rows=(12, 6))
+    return DenseSchedule() if unit.registers >= 32 else DenseSchedule(rows=(8, 6))
 
 
 @dataclass(frozen=True)

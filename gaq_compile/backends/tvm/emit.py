@@ -7,45 +7,17 @@ from collections.abc import Iterable, Sequence
 
 from .build import module_text
 
-_AVX512 = tuple(
-    [
-        "znver4",
-        "znver5",
-        "skylake-avx512",
-        "skx",
-        "cascadelake",
-        "cooperlake",
-        "cannonlake",
-        "icelake",
-        "rocketlake",
-        "tigerlake",
-        "sapphirerapids",
-        "emeraldrapids",
-        "graniterapids",
-        "diamondrapids",
-        "x86-64-v4",
-        "knl",
-        "knm",
-    ]
+# fmt: off
+_AVX512 = (
+    "znver4", "znver5", "skylake-avx512", "skx", "cascadelake", "cooperlake", "cannonlake", "icelake",
+    "rocketlake", "tigerlake", "sapphirerapids", "emeraldrapids", "graniterapids", "diamondrapids",
+    "x86-64-v4", "knl", "knm",
 )
-_AVX2 = tuple(
-    [
-        "znver",
-        "haswell",
-        "broadwell",
-        "skylake",
-        "alderlake",
-        "raptorlake",
-        "meteorlake",
-        "arrowlake",
-        "lunarlake",
-        "sierraforest",
-        "gracemont",
-        "core-avx2",
-        "bdver4",
-        "x86-64-v3",
-    ]
+_AVX2 = (
+    "znver", "haswell", "broadwell", "skylake", "alderlake", "raptorlake", "meteorlake", "arrowlake",
+    "lunarlake", "sierraforest", "gracemont", "core-avx2", "bdver4", "x86-64-v3",
 )
+# fmt: on
 
 
 def vector_lanes(target: str) -> int:

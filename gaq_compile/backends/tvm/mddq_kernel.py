@@ -1,0 +1,173 @@
+"""Quantizing activations and its straight-through gradient on CPUs, vectorised over channels.
+
+The orders of operations are those of :mod:`gaq_compile.numerics.activations`, so that results agree
+up to values within float32 rounding of a tie. Steps are an argument of the kernel, not constants in
+it: all layers of one shape share one kernel, and a division by a constant would become a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...config import ActivationScheme, activation_scheme
+from ...errors import IrrepsError
+from ...ir.layout import Block, blocks, dim, simplified
+from .build import compile_kernel
+from .emit import block_lanes, kernel_text, splat, vector
+from .row_kernel import LANES, Emitter, at, row_loop, tiled
+
+
+def lower_mddq(irreps: str, scheme: str, scale: Tensor, target: str) -> Callable[[Tensor], Tensor]:
+    """The compiled ``numerics.activations.fake_quantize``, x (N, dim) -> xhat (N, dim).
+
+    Args:
+        irreps: of x, float32, contiguous, component-major.
+        scheme: an activation scheme such as ``"s8 m8d8"``.
+        scale: (n_blocks,) steps of the simplified irreps.
+        target: a TVM target in JSON.
+
+    Raises:
+        ConfigError: for an unknown scheme.
+        IrrepsError: if scale does not fit the irreps.
+        LoweringError: if TVM rejects the kernel.
+    """
+    steps = _steps(scale, irreps)
+    kernel = compile_kernel(mddq_source(irreps, scheme), target)
+
+    def run(x: Tensor) -> Tensor:
+        xhat = torch.empty_like(x)
+        kernel(x, steps, xhat)
+        return xhat
+
+    return run
+
+
+def lower_mddq_backward(
+    irreps: str, scheme: str, scale: Tensor, target: str
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The compiled ``fake_quantize_backward``, (grad, x) -> grad_x, all (N, dim); see :func:`lower_mddq`."""
+    steps = _steps(scale, irreps)
+    kernel = compile_kernel(mddq_backward_source(irreps, scheme), target)
+
+    def run(grad: Tensor, x: Tensor) -> Tensor:
+        gx = torch.empty_like(x)
+        kernel(grad, x, steps, gx)
+        return gx
+
+    return run
+
+
+@lru_cache(maxsize=256)
+def mddq_source(irreps: str, scheme: str) -> str:
+    """TVMScript of ``main(x, scale, xhat)``; arguments and errors as :func:`lower_mddq`."""
+    chosen = activation_scheme(scheme)
+    body: list[str] = []
+    for index, block in enumerate(_blocks(irreps)):
+        e = Emitter(block_lanes(block.mul, LANES))
+        body += _tiles(e, block, _quantize(e, index, block, chosen), "xhat")
+    return _text(irreps, ("x",), "xhat", body)
+
+
+@lru_cache(maxsize=256)
+def mddq_backward_source(irreps: str, scheme: str) -> str:
+    """TVMScript of ``main(grad, x, scale, gx)``; arguments and errors as :func:`lower_mddq`."""
+    chosen = activation_scheme(scheme)
+    body: list[str] = []
+    for index, block in enumerate(_blocks(irreps)):
+        e = Emitter(block_lanes(block.mul, LANES))
+        body += _tiles(e, block, _gradient(e, index, block, chosen), "gx")
+    return _text(irreps, ("grad", "x"), "gx", body)
+
+
+def _text(irreps: str, inputs: tuple[str, ...], output: str, body: list[str]) -> str:
+    width, count = dim(irreps), len(_blocks(irreps))
+    buffers = [(name, f"n, {width}", "float32") for name in inputs]
+    buffers += [("scale", str(count), "float32"), (output, f"n, {width}", "float32")]
+    return kernel_text(buffers, row_loop(body, (1 + len(inputs)) * width))
+
+
+def _blocks(irreps: str) -> tuple[Block, ...]:
+    return blocks(simplified(irreps))
+
+
+def _steps(scale: Tensor, irreps: str) -> Tensor:
+    count = len(_blocks(irreps))
+    if tuple(scale.shape) != (count,):
+        raise IrrepsError(f"expected {count} scales, one per block, got {tuple(scale.shape)}", where=irreps)
+    return scale.detach().to(torch.float32).contiguous()
+
+
+def _element(buffer: str, block: Block, component: int, lanes: int) -> str:
+    return vector(buffer, at(block.base + component * block.stride, lanes), lanes, "i")
+
+
+def _load(e: Emitter, buffer: str, block: Block) -> list[str]:
+    return [e.let(_element(buffer, block, c, e.lanes)) for c in range(block.components)]
+
+
+def _tiles(e: Emitter, block: Block, results: list[str], output: str) -> list[str]:
+    e.lines += [f"{_element(output, block, c, e.lanes)} = {value}" for c, value in enumerate(results)]
+    return tiled(block.mul, e.lanes, e.lines)
+
+
+def _by_component(block: Block, scheme: ActivationScheme) -> bool:
+    return block.l == 0 or scheme.vector == "component"
+
+
+def _norm(e: Emitter, values: list[str]) -> str:
+    return e.let(f"T.sqrt({' + '.join(f'{v} * {v}' for v in values)})")
+
+
+def _magnitude(e: Emitter, ratio: str, qmax: int) -> str:
+    """clamp(round(ratio), 0, qmax) of a ratio >= 0; the constant first keeps NaN."""
+    return e.let(f"T.min({e.number(qmax)}, T.nearbyint({ratio}))")
+
+
+def _quantize(e: Emitter, index: int, block: Block, scheme: ActivationScheme) -> list[str]:
+    """xhat of one tile, by component."""
+    s = e.let(splat(f"scale[{index}]", e.lanes))
+    qmax = scheme.qmax(block.l)
+    x = _load(e, "x", block)
+    if _by_component(block, scheme):
+        low, high = e.number(-qmax), e.number(qmax)
+        return [e.let(f"{s} * T.min({high}, T.max({low}, T.nearbyint({v} / {s})))") for v in x]
+    m = _norm(e, x)
+    q = _magnitude(e, e.let(f"{m} / {s}"), qmax)
+    zero = e.number(0.0)
+    step = s
+    if scheme.vector == "exact":
+        g = e.let(f"{q} / {m}")
+        operand = [f"{v} * {g}" for v in x]
+    else:
+        step = e.let(f"{s} * {e.number(2.0**-scheme.fraction_bits)}")
+        g = e.let(f"{e.number(scheme.direction_levels)} / {m}")
+        n = [e.let(f"T.nearbyint({v} * {g})") for v in x]
+        f = e.let(f"{q} * {e.number(2.0**scheme.fraction_bits)} / {_norm(e, n)}")
+        operand = [f"T.nearbyint({c} * {f})" for c in n]
+    return [e.let(f"T.Select({q} == {zero}, {zero}, {step} * ({value}))") for value in operand]
+
+
+def _gradient(e: Emitter, index: int, block: Block, scheme: ActivationScheme) -> list[str]:
+    """The straight-through gradient of one tile, by component."""
+    s = e.let(splat(f"scale[{index}]", e.lanes))
+    zero, qmax = e.number(0.0), e.number(scheme.qmax(block.l))
+    g, x = _load(e, "grad", block), _load(e, "x", block)
+    if _by_component(block, scheme):
+        inside = [f"T.fabs({v} / {s}) <= {qmax}" for v in x]
+        return [e.let(f"T.Select({c}, {d}, {d} * {zero})") for c, d in zip(inside, g, strict=True)]
+    m = _norm(e, x)
+    inverse = e.let(f"{e.number(1.0)} / {m}")
+    u = [e.let(f"{v} * {inverse}") for v in x]
+    along = e.let(" + ".join(f"{a} * {b}" for a, b in zip(g, u, strict=True)))
+    ratio = e.let(f"{m} / {s}")
+    bend = e.let(f"{s} * {_magnitude(e, ratio, scheme.qmax(block.l))} * {inverse}")
+    # u (g.u) [m/s <= qmax] + bend (g - u (g.u)), with both terms in u taken together
+    radial = e.let(f"{along} * (T.Select({ratio} <= {qmax}, {e.number(1.0)}, {zero}) - {bend})")
+    return [
+        e.let(f"T.Select({m} == {zero}, {a}, {b} * {radial} + {bend} * {a})")
+        for a, b in zip(g, u, strict=True)
+    ]

@@ -1,0 +1,72 @@
+"""Named pretrained potentials, with the weights that their own wheels ship, and user's files."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, FileFormatError, MissingPackageError
+
+
+def _sevennet_0() -> nn.Module:
+    from sevenn.calculator import SevenNetCalculator
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return SevenNetCalculator("7net-0", device="cpu").model
+
+
+def _so3lr() -> nn.Module:
+    path = resources.files("so3krates_torch") / "pretrained" / "so3lr" / "so3lr.model"
+    with resources.as_file(path) as file:
+        return torch.load(file, map_location="cpu", weights_only=False).float()
+
+
+# name -> (loader, pip package that ships the weights)
+PRETRAINED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "sevennet-0": (_sevennet_0, "sevenn"),
+    "so3lr": (_so3lr, "so3krates-torch"),
+}
+
+
+def load_model(name: str) -> nn.Module:
+    """A pretrained potential by name, or a SevenNet checkpoint (``.pth``) by path.
+
+    Raises:
+        ConfigError: for an unknown name, listing the known ones.
+        MissingPackageError: if the package that ships the model is not installed.
+        FileFormatError: if the file is no SevenNet checkpoint.
+    """
+    if name in PRETRAINED:
+        loader, package = PRETRAINED[name]
+        try:
+            return loader()
+        except ImportError as error:
+            raise MissingPackageError(
+                f"the model {name!r} comes with the package {package!r}: {error}", fix=f"pip install {package}"
+            ) from error
+    path = Path(name)
+    if path.is_file():
+        return _checkpoint(path)
+    raise ConfigError(f"no model named {name!r} and no such file", fix=f"use {', '.join(PRETRAINED)}, or a file")
+
+
+def _checkpoint(path: Path) -> nn.Module:
+    """A SevenNet checkpoint. Checkpoints are pickles: only load those that you trust."""
+    try:
+        from sevenn.calculator import SevenNetCalculator
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return SevenNetCalculator(str(path), device="cpu").model
+    except ImportError as error:
+        raise MissingPackageError("SevenNet checkpoints need the package 'sevenn'", fix="pip install sevenn") from error
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError, TypeError) as error:
+        raise FileFormatError(
+            f"not a SevenNet checkpoint: {error}", where=str(path), fix="pass a SevenNet checkpoint or a .gaq file"
+        ) from error

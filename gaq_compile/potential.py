@@ -1,0 +1,103 @@
+"""A compiled potential: call it on structures, read its graphs, print its report, save it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from ase import Atoms
+from torch import Tensor
+from torch.fx import GraphModule
+
+from .capture.graphs import GraphFormat, Tensors, collate
+from .config import QuantConfig
+from .errors import StructureError
+from .passes.derive_forces import OUTPUTS
+from .verify.report import Report
+from .verify.types import Prediction
+
+
+class Potential:
+    """Energy and forces from compiled kernels.
+
+    Call it with an ``ase.Atoms`` for a :class:`Prediction`, with a list for a list of them (they
+    run as one batch), or with the tensors that ``form.inputs`` names.
+
+    Attributes:
+        graphs: every stage of the compilation by pass name; ``.code`` reads each.
+        report: what runs where, and what was measured.
+        config: what was quantized and how.
+        form: how structures become the graph's tensors.
+    """
+
+    def __init__(
+        self,
+        graphs: Mapping[str, GraphModule],
+        form: GraphFormat,
+        config: QuantConfig,
+        report: Report,
+    ) -> None:
+        self.graphs, self.form, self.config, self.report = dict(graphs), form, config, report
+        self._run = self.graphs["lower"]
+
+    def __call__(self, structures: Atoms | Sequence[Atoms] | Tensors) -> Prediction | list[Prediction] | Tensors:
+        """Evaluate.
+
+        Returns:
+            A :class:`Prediction` (energy eV, forces eV/Å, stress eV/Å^3 of fully periodic
+            structures) per structure; for tensors, the raw outputs ``energy``,
+            ``atomic_energies``, ``forces``, ``virial``.
+
+        Raises:
+            StructureError: for NaN positions, coincident atoms, unknown elements or bad shapes.
+        """
+        if isinstance(structures, Atoms):
+            return self.predict([structures])[0]
+        if isinstance(structures, Mapping):
+            return self.evaluate(structures)
+        return self.predict(list(structures))
+
+    def predict(self, structures: Sequence[Atoms]) -> list[Prediction]:
+        """Predictions for a batch of structures, evaluated together."""
+        out = self.evaluate(collate(structures, self.form))
+        predictions, start = [], 0
+        for i, atoms in enumerate(structures):
+            rows = slice(start, start + len(atoms))
+            start += len(atoms)
+            stress = None
+            if atoms.pbc.all():
+                virial = out["virial"][i].double().numpy()
+                stress = (virial + virial.T) / (2 * atoms.get_volume())
+            predictions.append(
+                Prediction(
+                    float(out["energy"][i]),
+                    out["forces"][rows].numpy().copy(),
+                    stress,
+                    out["atomic_energies"][rows].numpy().copy(),
+                )
+            )
+        return predictions
+
+    def evaluate(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Raw outputs for the graph's own tensors.
+
+        Raises:
+            StructureError: if a tensor is missing or has the wrong type.
+        """
+        missing = [name for name in self.form.inputs if name not in tensors]
+        if missing:
+            raise StructureError(f"missing input tensors: {', '.join(missing)}", fix="see Potential.form.inputs")
+        with torch.no_grad():
+            values = self._run(*(tensors[name] for name in self.form.inputs))
+        return dict(zip(OUTPUTS, values, strict=True))
+
+    def save(self, path: str | Path) -> Path:
+        """Write one ``.gaq`` file (see :mod:`gaq_compile.io`); returns its path."""
+        from .io import save
+
+        return save(self, Path(path))
+
+    def __repr__(self) -> str:
+        r = self.report
+        return f"Potential({r.model}, scheme={self.config.scheme!r}, backend={r.backend!r})"

@@ -1,0 +1,123 @@
+"""The checks that a compiled potential passes before it is handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from ..errors import VerificationError
+from .conservativity import conservativity
+from .equivariance import equivariance
+from .measure import alternate, memory_growth
+from .parity import Parity, parity
+from .types import Evaluate
+
+# Float32 rounding of a whole network: energies and forces may differ by this much and no more.
+FP32_ENERGY = 0.01  # meV/atom
+FP32_FORCE = 0.05  # meV/Å, mean; the largest component may be twenty times that
+FP32_RELATIVE = 1e-4
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The original model and a compiled one, as evaluators of structures."""
+
+    original: Evaluate
+    compiled: Evaluate
+
+
+def check_fp32(sides: Sides, structures: Sequence[Atoms], where: str) -> Parity:
+    """Refuse a fusion-only result that differs from the original beyond float32 rounding.
+
+    Raises:
+        VerificationError: naming the quantity, its error, the tolerance and likely causes.
+    """
+    found = parity(sides.original, sides.compiled, list(structures))
+    scale = found.force_mae_mev_per_a / found.force_rel if found.force_rel > 0 else 0.0
+    force_tolerance = max(FP32_FORCE, FP32_RELATIVE * scale if np.isfinite(scale) else 0.0)
+    limits = (
+        ("energy (meV/atom)", found.energy_max_mev_per_atom, FP32_ENERGY),
+        ("mean force (meV/Å)", found.force_mae_mev_per_a, force_tolerance),
+        ("largest force component (meV/Å)", found.force_max_mev_per_a, 20 * force_tolerance),
+    )
+    for name, error, tolerance in limits:
+        if not error <= tolerance:
+            raise VerificationError(
+                f"the fused float32 graph does not reproduce the original model: {name} is off by "
+                f"{error:.4g}, allowed is {tolerance:.4g}",
+                where=where,
+                fix="likely causes: a model whose forward depends on state or on the number of atoms, "
+                "neighbours counted differently (self-images, cutoff), or a kernel fault; "
+                "compare quantize(..., scheme='fp32', backend='reference')",
+            )
+    return found
+
+
+def accuracy_figures(sides: Sides, structures: Sequence[Atoms], fp32: Parity) -> dict[str, float]:
+    """Errors against the original, and those of the fusion-only form beside them."""
+    found = parity(sides.original, sides.compiled, list(structures))
+    return {
+        "energy_mev_per_atom": found.energy_mev_per_atom,
+        "force_mae_mev_per_a": found.force_mae_mev_per_a,
+        "force_rel": found.force_rel,
+        "fp32_energy_mev_per_atom": fp32.energy_mev_per_atom,
+        "fp32_force_mae_mev_per_a": fp32.force_mae_mev_per_a,
+    }
+
+
+def equivariance_figures(evaluate: Evaluate, structures: Sequence[Atoms], rotations: int = 4) -> dict[str, float]:
+    """LEE over random rotations of the structures."""
+    found = equivariance(evaluate, list(structures), rotations=rotations)
+    return {
+        "lee_force_mev_per_a": found.force_mev_per_a,
+        "lee_energy_mev_per_atom": found.energy_mev_per_atom,
+    }
+
+
+def conservativity_figures(evaluate: Evaluate, structures: Sequence[Atoms], claimed: bool) -> dict[str, Any]:
+    """F = -dE/dx by central differences; ``claimed`` is what the scheme says of itself.
+
+    Raises:
+        VerificationError: if a scheme that claims true forces does not have them.
+    """
+    found = conservativity(evaluate, list(structures))
+    if claimed and found.error > max(1e-2, 10 * found.resolution):
+        raise VerificationError(
+            f"forces are not the gradient of the energy: {found.error:.2e} relative, "
+            f"{found.resolution:.1e} explained by rounding",
+            fix="a kernel or a backward pass is wrong; compare backend='reference'",
+        )
+    return {
+        "gradient_rel_error": found.error,
+        "gradient_rel_resolution": found.resolution,
+        "scheme_is_conservative": claimed,
+    }
+
+
+def speed_figures(original: Callable[[], Any], compiled: Callable[[], Any], runs: int, warmup: int) -> dict[str, Any]:
+    """Both sides timed in alternation."""
+    timing = alternate(original, compiled, runs=runs, warmup=warmup)
+    return {
+        "eager_ms": timing.a_ms,
+        "compiled_ms": timing.b_ms,
+        "ratio": timing.ratio,
+        "ratio_quartiles": [timing.ratio_low, timing.ratio_high],
+        "runs": timing.runs,
+    }
+
+
+def memory_figures(original: Callable[[], Any], compiled: Callable[[], Any]) -> dict[str, Any]:
+    """Growth of this process's peak memory while each side evaluates."""
+    with memory_growth() as ours:
+        compiled()
+    with memory_growth() as theirs:
+        original()
+    return {
+        "eager_peak_bytes": theirs.growth_bytes,
+        "compiled_peak_bytes": ours.growth_bytes,
+        "peak_is": "growth of this process while evaluating",
+    }

@@ -105,7 +105,13 @@ def collate(structures: Sequence[Atoms], form: GraphFormat, *, check: bool = Tru
     found |= _edges(structures, ptr, form.cutoff, "")
     if form.cutoff_lr is not None:
         found |= _edges(structures, ptr, form.cutoff_lr, "_lr")
-    return {name: torch.from_numpy(found[name]) for name in form.inputs}
+    return {name: _tensor(found[name]) for name in form.inputs}
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """A compact tensor; an empty array keeps strides that kernels refuse, so it is made anew."""
+    tensor = torch.from_numpy(array)
+    return tensor if array.size else torch.empty(array.shape, dtype=tensor.dtype)
 
 
 def _edges(structures: Sequence[Atoms], ptr: np.ndarray, cutoff: float, suffix: str) -> dict[str, np.ndarray]:

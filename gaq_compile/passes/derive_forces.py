@@ -50,15 +50,16 @@ def derive_forces(graph_module: GraphModule, names: Sequence[str], example: Sequ
         for name in vectors:
             named[name] = named[name].detach().requires_grad_(True)
         with torch.enable_grad():
-            arguments = tuple(named[name] for name in names)
-            atomic = functional_call(graph_module, dict(zip(keys, weights, strict=True)), arguments)
+            values = tuple(named[name] for name in names)
+            atomic = functional_call(graph_module, dict(zip(keys, weights, strict=True)), values)
             gradients = torch.autograd.grad(atomic.sum(), [named[name] for name in vectors])
         return (*_per_graph(atomic, named), *_forces(named, dict(zip(vectors, gradients, strict=True))))
 
     with fx_config.patch(use_duck_shape=False):
+        arguments = (list(state.values()), list(example))
+        traced = make_fx(energy_and_forces, tracing_mode="symbolic")(*arguments)
         # Gradient formulas work in place here and there; passes may only see pure operators.
-        pure = functionalize(energy_and_forces, remove="mutations")
-        traced = make_fx(pure, tracing_mode="symbolic")(list(state.values()), list(example))
+        traced = make_fx(functionalize(traced, remove="mutations"), tracing_mode="symbolic")(*arguments)
     return finished(_with_attributes(traced, keys, state, names))
 
 

@@ -58,7 +58,7 @@ def lower_gate(spec: str, target: str) -> Callable[[Tensor], Tensor]:
     width = dim(gate_spec(spec).irreps_out)
 
     def run(x: Tensor) -> Tensor:
-        y = x.new_empty((x.shape[0], width))
+        y = torch.empty((x.shape[0], width))
         kernel(x, y)
         return y
 

@@ -43,7 +43,7 @@ def lower_harmonics(
     width = sum(2 * l + 1 for l in _degrees(irreps, normalization))
 
     def run(vec: Tensor) -> Tensor:
-        sh = vec.new_empty((vec.shape[0], width))
+        sh = torch.empty((vec.shape[0], width))
         kernel(vec, sh)
         return sh
 

@@ -39,7 +39,7 @@ def lower_product(spec: str, target: str) -> Callable[[Tensor, Tensor, Tensor], 
     width = dim(tensor_product_spec(spec).irreps_out)
 
     def run(x: Tensor, sh: Tensor, weight: Tensor) -> Tensor:
-        y = x.new_empty((x.shape[0], width))
+        y = torch.empty((x.shape[0], width))
         kernel(x, sh, weight, y)
         return y
 
@@ -91,9 +91,8 @@ def product_backward_source(spec: str) -> str:
         lanes = range(widest) if column in places else ()
         total = [f"sums[{places[column] + lane}]" for lane in lanes]
         body.append(f"gsh[i, {column}] = {' + '.join(total) or literal(0.0)}")
-    names = (("grad", "y"), ("x", "x"), ("sh", "sh"), ("weight", "weight"))
-    names += (("gx", "x"), ("gsh", "sh"), ("gw", "weight"))
-    buffers = [(name, f"n, {widths[like]}", "float32") for name, like in names]
+    like = {"grad": "y", "x": "x", "sh": "sh", "weight": "weight", "gx": "x", "gsh": "sh", "gw": "weight"}
+    buffers = [(name, f"n, {widths[of]}", "float32") for name, of in like.items()]
     return kernel_text(buffers, row_loop(body, 2 * sum(widths.values())))
 
 

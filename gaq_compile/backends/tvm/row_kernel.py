@@ -61,6 +61,7 @@ def at(base: int, lanes: int) -> str:
 
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
+_ROUND_BITS = 0x4B400000  # its float32 bits
 _EXP_RANGE = (-87.3, 89.0)  # below: the smallest normal number; above: infinity
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
 _TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
@@ -103,15 +104,19 @@ class Emitter:
         # The constant comes first: TVM's min and max return their second operand for NaN.
         clamped = self.let(f"T.min({high}, T.max({low}, {x}))")
         shifted = self.let(f"{clamped} * {self.number(_LOG2E)} + {self.number(_ROUND)}")
-        k = self.let(f"{shifted} - {self.number(_ROUND)}")
+        # Read back from the bits: TVM would simplify the float (a + c) - c to a.
+        bits = f'T.reinterpret("{self._type("int32")}", {shifted})'
+        n = self.let(f"{bits} - {self._int(_ROUND_BITS)}")
+        k = self.let(f'T.Cast("{self._type("float32")}", {n})')
         part = self.let(f"{clamped} - {k} * {self.number(_LN2_HIGH)}")
         r = self.let(f"{part} - {k} * {self.number(_LN2_LOW)}")
         p = self.polynomial(r, _EXP)
         mantissa = self.let(f"{p} * {r} * {r} + {r} + {self.number(1.0)}")
-        integers, floats = ("int32", "float32") if self.lanes == 1 else (f"{t}x{self.lanes}" for t in _TYPES)
-        bits = f'T.reinterpret("{integers}", {shifted})'
-        exponent = f"T.shift_left({bits}, {self._int(23)}) + {self._int(127 << 23)}"
-        return self.let(f'{mantissa} * T.reinterpret("{floats}", {exponent})')
+        exponent = f"T.shift_left({n} + {self._int(127)}, {self._int(23)})"
+        return self.let(f'{mantissa} * T.reinterpret("{self._type("float32")}", {exponent})')
+
+    def _type(self, scalar: str) -> str:
+        return scalar if self.lanes == 1 else f"{scalar}x{self.lanes}"
 
     def _int(self, value: int) -> str:
         return splat(f"T.int32({value})", self.lanes)
@@ -140,6 +145,3 @@ class Emitter:
         far = self.let(f"{two} / ({one} + {e}) - {one}")
         signed = self.let(f"T.Select({x} < {self.number(0.0)}, {self.number(0.0)} - {far}, {far})")
         return self.let(f"T.Select({size} < {self.number(_TANH_SMALL)}, {near}, {signed})")
-
-
-_TYPES = ("int32", "float32")

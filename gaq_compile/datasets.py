@@ -1,0 +1,34 @@
+"""Structures that come with the package: frames of two molecules, with reference energies and forces."""
+
+from __future__ import annotations
+
+import io
+from importlib import resources
+
+from ase import Atoms
+
+from .errors import ConfigError
+
+EXAMPLES = ("azobenzene", "ethanol")
+
+
+def example_structures(name: str) -> list[Atoms]:
+    """Ten frames of a molecule from rMD17 (see ``gaq_compile/data/README.md``).
+
+    Each frame carries its reference energy (eV) and forces (n, 3) eV/Å, PBE/def2-SVP, as ASE's
+    single-point calculator, and its ``info["rmd17_index"]``.
+
+    Args:
+        name: "azobenzene" (24 atoms) or "ethanol" (9 atoms).
+
+    Raises:
+        ConfigError: for another name.
+    """
+    from ase.io import read
+
+    if name not in EXAMPLES:
+        raise ConfigError(f"no example structures named {name!r}", fix=f"use one of: {', '.join(EXAMPLES)}")
+    text = (resources.files("gaq_compile") / "data" / f"{name}.xyz").read_text(encoding="utf-8")
+    frames = read(io.StringIO(text), index=":", format="extxyz")
+    assert_list: list[Atoms] = frames if isinstance(frames, list) else [frames]
+    return assert_list

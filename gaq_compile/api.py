@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+import gaq_compile.backends.reference
+import gaq_compile.backends.tvm  # noqa: F401 - backends register themselves when imported
+
 from .backends.base import Backend, make_backend
-from .capture import Original, find_recipe
+from .capture import find_recipe
+from .capture.base import EnergyModel, Original, RawPrediction
 from .capture.export import export_energy
-from .capture.graphs import GraphFormat, collate
+from .capture.generic import TensorModel
+from .capture.graphs import GraphFormat, Tensors, collate
 from .capture.pretrained import load_model
 from .config import DEFAULT_SCHEME, QuantConfig, is_conservative, resolve
-from .errors import ConfigError, NoEdgesError
+from .errors import NoEdgesError
+from .ir.specs import linear_spec
 from .passes.graph_tools import attribute, gaq
 from .passes.lower import Placement, lower
 from .passes.pipeline import prepare, quantize_graph
 from .potential import Potential
 from .verify import checks
+from .verify.parity import Parity
 from .verify.report import Report
 from .verify.structures import rattled
 from .verify.types import Prediction
@@ -33,7 +41,7 @@ from .verify.types import Prediction
 
 def quantize(
     model: nn.Module | str,
-    example_graph: Atoms | Sequence[Atoms],
+    example_graph: Atoms | Sequence[Atoms] | Sequence[Tensor] | Mapping[str, Tensor],
     scheme: str | QuantConfig = DEFAULT_SCHEME,
     *,
     overrides: Mapping[str, Any] | None = None,
@@ -49,10 +57,12 @@ def quantize(
     measured against the original before it is returned. The model itself is not modified.
 
     Args:
-        model: a trained potential (SevenNet, So3krates/SO3LR), or the name of a pretrained one
-            ("sevennet-0", "so3lr").
+        model: a trained potential (SevenNet, So3krates/SO3LR, or any module built from e3nn), or
+            the name of a pretrained one ("sevennet-0", "so3lr").
         example_graph: a structure, or several; they and rattled copies of them are the
-            calibration data, and the first one is what is measured on.
+            calibration data, and the first one is what is measured on. For a model of any other
+            family, the tensors that its own forward takes (one of them called ``positions`` or
+            ``pos``); it must return its energy.
         scheme: a preset ("w8a8", "w4a8", "naive-w8a8", "w8", "w4", "w8a16", "w4a16", "fp32",
             "exact-w8a8", "exact-w4a8") or a :class:`QuantConfig`.
         overrides: per-module settings by name pattern, e.g. ``{"*weight_nn*": "w8"}``.
@@ -74,29 +84,22 @@ def quantize(
     """
     config = resolve(scheme, overrides)
     backends = _backends(backend, target)
-    name, model = (model, load_model(model)) if isinstance(model, str) else (type(model).__name__, model)
-    recipe = find_recipe(model)
-    structures = [example_graph] if isinstance(example_graph, Atoms) else list(example_graph)
-    energy_model = recipe.energy_model(model)
-    form = energy_model.form
-    _check_edges(structures, form)
-
-    example = _inputs([structures[0], *_tracing_partner(structures)], form)
-    captured = export_energy(energy_model.module, example, energy_model.family, energy_model.export_modes)
+    subject = _subject(model, example_graph)
+    captured = export_energy(subject.energy_model, subject.example)
     stages = prepare(captured)
     prepared = stages["tag_irreps"]
     config.check_patterns([str(n.args[-1]) for n in prepared.graph.nodes if n.target is gaq.irreps_linear.default])
 
-    original = recipe.original(model)
-    tests = _test_structures(structures)
-    trace = _Trace(prepared, form, example, _calibration(structures, form))
-    fused = _build(trace, resolve("fp32"), backends, strict, progress)
-    fp32 = checks.check_fp32(_sides(original, fused), tests, f"{name}, {tests[0].get_chemical_formula()}")
-    is_fp32 = config == resolve("fp32")
-    built = fused if is_fp32 else _build(trace, config, backends, strict, progress)
-    report = _report(name, config, backends[0], built, structures[0])
-    found = _measured(original, built, tests, fp32, config, structures[0] if measure else None)
-    return Potential({**stages, **built.graphs}, form, config, _with(report, found))
+    trace = _Trace(prepared, subject, backends, strict, progress)
+    fused = _build(trace, resolve("fp32"))
+    fp32 = checks.check_fp32(subject.sides(fused), subject.tests, subject.name)
+    built = fused if config == resolve("fp32") else _build(trace, config)
+    report = replace(
+        _blank_report(subject, config, backends[0]),
+        placements=built.placements,
+        **_measured(subject, built, fp32, config, measure),
+    )
+    return Potential({**stages, **built.graphs}, subject.form, config, report)
 
 
 def load(path: str | Path, *, backend: str = "tvm", target: str | None = None, strict: bool = False) -> Potential:
@@ -115,8 +118,47 @@ def load(path: str | Path, *, backend: str = "tvm", target: str | None = None, s
 
     content = read(Path(path))
     lowered, placements = lower(content.graph, _backends(backend, target), strict)
-    report = _with(content.report, {"placements": placements})
+    report = replace(content.report, placements=placements)
     return Potential({"fold_integers": content.graph, "lower": lowered}, content.form, content.config, report)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is compiled: a model, its original form, and structures to calibrate and test on."""
+
+    name: str
+    energy_model: EnergyModel
+    original: Original
+    structures: list[Atoms]
+    collate: Callable[[Sequence[Atoms]], Tensors]
+    example: list[Tensor]
+    calibration: list[Atoms]
+    rotates: bool = True
+
+    @property
+    def form(self) -> GraphFormat:
+        return self.energy_model.form
+
+    @property
+    def tests(self) -> list[Atoms]:
+        """Perturbed structures that calibration has not seen."""
+        return [_moved(self.structures[0], 0.05, 101), _moved(self.structures[-1], 0.04, 102)]
+
+    def inputs(self, structures: Sequence[Atoms]) -> list[Tensor]:
+        tensors = self.collate(structures)
+        return [tensors[name] for name in self.form.inputs]
+
+    def sides(self, built: _Built) -> checks.Sides:
+        return checks.Sides(self._predict_original, lambda structures: self.predict(built, structures))
+
+    def _predict_original(self, structures: list[Atoms]) -> list[Prediction]:
+        return [_prediction(self.original.predict(atoms)) for atoms in structures]
+
+    def predict(self, built: _Built, structures: list[Atoms]) -> list[Prediction]:
+        if self.form.positions is None:
+            return built.potential.predict(structures)
+        found = [built.potential.evaluate(self.collate([atoms])) for atoms in structures]
+        return [Prediction(float(out["energy"].sum()), out["forces"].numpy()) for out in found]
 
 
 @dataclass(frozen=True)
@@ -124,44 +166,67 @@ class _Trace:
     """What every build of one model shares."""
 
     prepared: GraphModule
-    form: GraphFormat
-    example: list[Tensor]
-    calibration: list[list[Tensor]]
+    subject: _Subject
+    backends: list[Backend]
+    strict: bool
+    progress: bool
 
 
 @dataclass(frozen=True)
 class _Built:
-    """One configuration's graphs, who runs them, and an evaluator."""
+    """One configuration's graphs, who runs them, and the potential they make."""
 
     graphs: dict[str, GraphModule]
     placements: tuple[Placement, ...]
     potential: Potential
 
-    def predict(self, structures: list[Atoms]) -> list[Prediction]:
-        return self.potential.predict(structures)
+
+def _subject(model: nn.Module | str, example_graph: Any) -> _Subject:
+    name, model = (model, load_model(model)) if isinstance(model, str) else (type(model).__name__, model)
+    if _are_structures(example_graph):
+        structures = [example_graph] if isinstance(example_graph, Atoms) else list(example_graph)
+        return _structure_subject(name, model, structures)
+    captured = TensorModel(model, example_graph)
+    structures = captured.structures()
+    example = [captured.tensors[n] for n in captured.form.inputs]
+    return _Subject(
+        name, captured.energy_model(), captured, structures, captured.collate, example,
+        _rattled_too(structures), captured.rotates_whole,
+    )  # fmt: skip
 
 
-def _build(trace: _Trace, config: QuantConfig, backends: list[Backend], strict: bool, progress: bool) -> _Built:
-    stages = quantize_graph(
-        trace.prepared, config, trace.form.inputs, trace.example, trace.calibration, progress
-    )
-    lowered, placements = lower(stages["fold_integers"], backends, strict, progress)
+def _are_structures(example: Any) -> bool:
+    if isinstance(example, Atoms):
+        return True
+    return isinstance(example, list | tuple) and all(isinstance(item, Atoms) for item in example)
+
+
+def _structure_subject(name: str, model: nn.Module, structures: list[Atoms]) -> _Subject:
+    recipe = find_recipe(model)
+    energy_model = recipe.energy_model(model)
+    form = energy_model.form
+    _check_edges(structures, form)
+    example = collate([structures[0], *_tracing_partner(structures)], form)
+    calibration = [*_rattled_too(structures), *_single_atoms(structures)]
+    return _Subject(
+        name, energy_model, recipe.original(model), structures, lambda s: collate(s, form),
+        [example[n] for n in form.inputs], calibration,
+    )  # fmt: skip
+
+
+def _build(trace: _Trace, config: QuantConfig) -> _Built:
+    subject = trace.subject
+    calibration = [subject.inputs([atoms]) for atoms in subject.calibration]
+    stages = quantize_graph(trace.prepared, config, subject.form, subject.example, calibration, trace.progress)
+    lowered, placements = lower(stages["fold_integers"], trace.backends, trace.strict, trace.progress)
     graphs = {**stages, "lower": lowered}
-    blank = Report("", config.scheme, backends[0].name, backends[0].target, 0, 0)
-    return _Built(graphs, placements, Potential(graphs, trace.form, config, blank))
+    blank = _blank_report(subject, config, trace.backends[0])
+    return _Built(graphs, placements, Potential(graphs, subject.form, config, blank))
 
 
 def _backends(name: str, target: str | None) -> list[Backend]:
-    import gaq_compile.backends.reference
-    import gaq_compile.backends.tvm  # noqa: F401 - backends register themselves when imported
-
     chosen = make_backend(name, target)
     return [chosen] if name == "reference" else [chosen, make_backend("reference")]
-
-
-def _inputs(structures: Sequence[Atoms], form: GraphFormat) -> list[Tensor]:
-    tensors = collate(structures, form)
-    return [tensors[name] for name in form.inputs]
 
 
 def _check_edges(structures: Sequence[Atoms], form: GraphFormat) -> None:
@@ -175,25 +240,23 @@ def _check_edges(structures: Sequence[Atoms], form: GraphFormat) -> None:
 
 def _tracing_partner(structures: Sequence[Atoms]) -> list[Atoms]:
     """A second graph of another size: sizes of 0 and 1, and equal sizes, would be baked in."""
-    from ase import Atoms as Structure
-
     first = structures[0]
     symbol = first.get_chemical_symbols()[0]
-    triple = Structure([symbol] * 3, positions=[[0, 0, 0], [1.5, 0, 0], [0, 1.6, 0.2]])
+    triple = Atoms([symbol] * 3, positions=[[0, 0, 0], [1.5, 0, 0], [0, 1.6, 0.2]])
     triple.info.update({k: v for k, v in first.info.items() if k in ("charge", "spin")})
     return [triple]
 
 
-def _calibration(structures: Sequence[Atoms], form: GraphFormat) -> list[list[Tensor]]:
+def _rattled_too(structures: Sequence[Atoms]) -> list[Atoms]:
     """The user's structures and rattled copies: more of the range than one geometry shows."""
-    copies = [s for s in structures]
-    copies += [_moved(s, stdev, seed) for seed, stdev in enumerate((0.03, 0.06, 0.1)) for s in structures]
-    return [_inputs([s], form) for s in copies]
+    moved = [_moved(s, stdev, seed) for seed, stdev in enumerate((0.03, 0.06, 0.1)) for s in structures]
+    return [*structures, *moved]
 
 
-def _test_structures(structures: Sequence[Atoms]) -> list[Atoms]:
-    """Perturbed structures that calibration has not seen."""
-    return [_moved(structures[0], 0.05, 101), _moved(structures[-1], 0.04, 102)]
+def _single_atoms(structures: Sequence[Atoms]) -> list[Atoms]:
+    """A free atom of every element, so that dissociation stays inside the calibrated range."""
+    numbers = sorted({int(z) for atoms in structures for z in atoms.numbers})
+    return [Atoms(numbers=[z], positions=[[0.0, 0.0, 0.0]]) for z in numbers]
 
 
 def _moved(atoms: Atoms, stdev: float, seed: int) -> Atoms:
@@ -202,59 +265,45 @@ def _moved(atoms: Atoms, stdev: float, seed: int) -> Atoms:
     return moved
 
 
-def _sides(original: Original, built: _Built) -> checks.Sides:
-    return checks.Sides(lambda structures: [_prediction(original, s) for s in structures], built.predict)
-
-
-def _prediction(original: Original, atoms: Atoms) -> Prediction:
-    from ase.stress import voigt_6_to_full_3x3_stress
-
-    raw = original.predict(atoms)
+def _prediction(raw: RawPrediction) -> Prediction:
     stress = None if raw.stress is None else voigt_6_to_full_3x3_stress(raw.stress)
     return Prediction(raw.energy, raw.forces, stress, raw.energies)
 
 
-def _report(name: str, config: QuantConfig, backend: Backend, built: _Built, atoms: Atoms) -> Report:
-    tensors = collate([atoms], built.potential.form)
+def _blank_report(subject: _Subject, config: QuantConfig, backend: Backend) -> Report:
+    tensors = subject.collate(subject.structures[:1])
+    edges = tensors["edge_vec"].shape[0] if "edge_vec" in tensors else 0
     return Report(
-        model=name,
+        model=subject.name,
         scheme=config.scheme,
         backend=backend.name,
         target=backend.target,
-        atoms=len(atoms),
-        edges=int(tensors["edge_vec"].shape[0]),
-        placements=built.placements,
+        atoms=len(subject.structures[0]),
+        edges=int(edges),
         versions=_versions(),
     )
 
 
-def _with(report: Report, changes: Mapping[str, Any]) -> Report:
-    from dataclasses import replace
-
-    return replace(report, **changes)
-
-
-def _measured(
-    original: Original,
-    built: _Built,
-    tests: list[Atoms],
-    fp32: Any,
-    config: QuantConfig,
-    timed: Atoms | None,
-) -> dict[str, Any]:
-    """Every figure of the report."""
-    sides = _sides(original, built)
+def _measured(subject: _Subject, built: _Built, fp32: Parity, config: QuantConfig, full: bool) -> dict[str, Any]:
+    """Every figure of the report; time and memory only if ``full``."""
+    sides, tests = subject.sides(built), subject.tests
     found: dict[str, Any] = {
         "accuracy": checks.accuracy_figures(sides, tests, fp32),
-        "equivariance": checks.equivariance_figures(built.predict, tests[:1]),
-        "conservativity": checks.conservativity_figures(built.predict, tests[:1], is_conservative(config)),
+        "conservativity": checks.conservativity_figures(sides.compiled, tests[:1], is_conservative(config)),
         "memory": weight_bytes(built.graphs["fold_integers"]),
     }
-    if timed is not None:
-        prepared = original.prepare(timed)
-        tensors = collate([timed], built.potential.form)
-        eager = lambda: original.run(prepared)  # noqa: E731
-        compiled = lambda: built.potential.evaluate(tensors)  # noqa: E731
+    if subject.rotates:
+        found["equivariance"] = checks.equivariance_figures(sides.compiled, tests[:1])
+    if full:
+        prepared = subject.original.prepare(subject.structures[0])
+        tensors = subject.collate(subject.structures[:1])
+
+        def eager() -> Any:
+            return subject.original.run(prepared)
+
+        def compiled() -> Any:
+            return built.potential.evaluate(tensors)
+
         found["memory"] |= checks.memory_figures(eager, compiled)
         found["speed"] = checks.speed_figures(eager, compiled, runs=9, warmup=5)
     return found
@@ -262,30 +311,21 @@ def _measured(
 
 def weight_bytes(folded: GraphModule) -> dict[str, int]:
     """Bytes of the layers' weights, as float32 and as stored (codes with their scales)."""
-    seen: set[str] = set()
     fp32 = stored = 0
+    seen: set[str] = set()  # forward and backward nodes share their weights
     for node in folded.graph.nodes:
         if node.target is gaq.int_irreps_linear.default:
-            parts, numel = (node.args[2], node.args[3]), 0
+            parts, spec = node.args[2:4], node.args[5]
         elif node.target is gaq.irreps_linear.default:
-            parts, numel = (node.args[1],), 0
+            parts, spec = node.args[1:2], node.args[3]
         else:
             continue
-        if str(parts[0].target) in seen:
+        if parts[0].op != "get_attr" or str(parts[0].target) in seen:
             continue
         seen.add(str(parts[0].target))
-        tensors = [attribute(folded, part) for part in parts]
-        numel = _weight_count(node)
-        fp32 += 4 * numel
-        stored += sum(t.numel() * t.element_size() for t in tensors)
+        fp32 += 4 * linear_spec(str(spec)).weight_numel
+        stored += sum(t.numel() * t.element_size() for t in (attribute(folded, part) for part in parts))
     return {"weights_fp32_bytes": fp32, "weights_bytes": stored}
-
-
-def _weight_count(node: Any) -> int:
-    from .ir.specs import linear_spec
-
-    position = 5 if node.target is gaq.int_irreps_linear.default else 3
-    return linear_spec(str(node.args[position])).weight_numel
 
 
 def _versions() -> dict[str, str]:
@@ -299,4 +339,4 @@ def _versions() -> dict[str, str]:
     return found
 
 
-__all__ = ["load", "quantize", "ConfigError"]
+__all__ = ["load", "quantize"]

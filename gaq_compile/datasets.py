@@ -30,5 +30,4 @@ def example_structures(name: str) -> list[Atoms]:
         raise ConfigError(f"no example structures named {name!r}", fix=f"use one of: {', '.join(EXAMPLES)}")
     text = (resources.files("gaq_compile") / "data" / f"{name}.xyz").read_text(encoding="utf-8")
     frames = read(io.StringIO(text), index=":", format="extxyz")
-    assert_list: list[Atoms] = frames if isinstance(frames, list) else [frames]
-    return assert_list
+    return frames if isinstance(frames, list) else [frames]

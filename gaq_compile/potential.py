@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from .capture.graphs import GraphFormat, Tensors, collate
 from .config import QuantConfig
 from .errors import StructureError
-from .passes.derive_forces import OUTPUTS
+from .passes.derive_forces import outputs
 from .verify.report import Report
 from .verify.types import Prediction
 
@@ -47,7 +47,8 @@ class Potential:
         Returns:
             A :class:`Prediction` (energy eV, forces eV/Å, stress eV/Å^3 of fully periodic
             structures) per structure; for tensors, the raw outputs ``energy``,
-            ``atomic_energies``, ``forces``, ``virial``.
+            ``atomic_energies``, ``forces``, ``virial`` (models captured from tensors of their
+            own: ``energy`` and ``forces``).
 
         Raises:
             StructureError: for NaN positions, coincident atoms, unknown elements or bad shapes.
@@ -90,7 +91,7 @@ class Potential:
             raise StructureError(f"missing input tensors: {', '.join(missing)}", fix="see Potential.form.inputs")
         with torch.no_grad():
             values = self._run(*(tensors[name] for name in self.form.inputs))
-        return dict(zip(OUTPUTS, values, strict=True))
+        return dict(zip(outputs(self.form), values, strict=True))
 
     def save(self, path: str | Path) -> Path:
         """Write one ``.gaq`` file (see :mod:`gaq_compile.io`); returns its path."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +15,17 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from ..errors import CaptureError
+from .base import EnergyModel
 
 
-def export_energy(
-    module: nn.Module, inputs: Sequence[Tensor], family: str, modes: Sequence[bool] = (True, False)
-) -> GraphModule:
-    """Export ``module(*inputs) -> atomic energies`` with every leading dimension dynamic.
+def export_energy(model: EnergyModel, inputs: Sequence[Tensor]) -> GraphModule:
+    """Export ``model.module(*inputs) -> energies`` with every leading dimension dynamic.
+
+    Dimensions of a model captured from tensors of its own are dynamic where its code allows.
 
     Args:
-        module: an energy model made of gaq operators.
+        model: an energy model made of gaq operators.
         inputs: an example batch of at least two graphs (a dimension of 0 or 1 would be baked in).
-        family: the model family, for messages.
-        modes: export modes to try in order, strict (``True``) or not: neither takes every model.
 
     Returns:
         A functional graph (no in-place operators) with weights as attributes.
@@ -32,12 +33,15 @@ def export_energy(
     Raises:
         CaptureError: naming the operator and the source line that could not be captured.
     """
-    shapes = tuple({0: Dim.DYNAMIC} if x.dim() else None for x in inputs)
-    module = module.eval()
+    dynamic = Dim.AUTO if model.form.positions else Dim.DYNAMIC
+    shapes: Any = tuple({0: dynamic} if x.dim() else None for x in inputs)
+    module = model.module.eval()
+    if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(module.forward).parameters.values()):
+        shapes = (shapes,)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     failure: BaseException | None = None
-    for strict in modes:
+    for strict in model.export_modes:
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
@@ -47,7 +51,7 @@ def export_energy(
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
             failure = error
     reason = failure or RuntimeError("no export mode was given")
-    raise _explained(reason, family) from failure
+    raise _explained(reason, model.family) from failure
 
 
 def _plain(exported: nn.Module) -> GraphModule:

@@ -34,16 +34,18 @@ class GraphFormat:
 
     Attributes:
         inputs: the names of the tensors that the captured graph takes, in order
-            (see ``TENSOR_NAMES``); empty for models captured from their own tensors.
+            (see ``TENSOR_NAMES``, or a model's own).
         cutoff: radius of the edges, Å.
         cutoff_lr: radius of the long-range pairs, Å, where the potential has them.
         elements: atomic numbers that the potential knows (empty: any).
+        positions: for a model captured from tensors of its own, the name of the positions.
     """
 
     inputs: tuple[str, ...]
     cutoff: float
     cutoff_lr: float | None = None
     elements: tuple[int, ...] = ()
+    positions: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -51,12 +53,17 @@ class GraphFormat:
             "cutoff": self.cutoff,
             "cutoff_lr": self.cutoff_lr,
             "elements": list(self.elements),
+            "positions": self.positions,
         }
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> GraphFormat:
         return GraphFormat(
-            tuple(data["inputs"]), float(data["cutoff"]), data["cutoff_lr"], tuple(data["elements"])
+            tuple(data["inputs"]),
+            float(data["cutoff"]),
+            data["cutoff_lr"],
+            tuple(data["elements"]),
+            data["positions"],
         )
 
 
@@ -87,6 +94,11 @@ def collate(structures: Sequence[Atoms], form: GraphFormat, *, check: bool = Tru
         StructureError: for bad or empty structures.
         UnknownElementError: for an element that the potential was not trained on.
     """
+    if form.positions is not None:
+        raise StructureError(
+            "this potential was captured from tensors of its own, not from structures",
+            fix=f"call it with a dictionary of {', '.join(form.inputs)}",
+        )
     if not structures:
         raise StructureError("no structures were given", fix="pass an ase.Atoms or a list of them")
     if check:

@@ -146,8 +146,8 @@ def gate(x: Tensor, spec: str) -> Tensor:
     parts = [_pointwise(x[:, :n_scalars], s.scalars, s.scalar_activations)]
     gates = _pointwise(x[:, n_scalars : n_scalars + n_gates], s.gates, s.gate_activations)
     for span, gate_span, block in _gated(spec):
-        scaled = x[:, span].reshape(-1, block.components, block.mul) * gates[:, None, gate_span]
-        parts.append(scaled.reshape(x.shape[0], -1))
+        scaled = x[:, span].reshape(x.shape[0], block.components, block.mul) * gates[:, None, gate_span]
+        parts.append(scaled.reshape(x.shape[0], block.components * block.mul))
     return torch.cat(parts, dim=1)
 
 
@@ -161,10 +161,10 @@ def gate_backward(grad: Tensor, x: Tensor, spec: str) -> Tensor:
     out = torch.empty_like(x)
     out[:, :n_scalars] = grad[:, :n_scalars] * _slope(x[:, :n_scalars], s.scalars, s.scalar_activations)
     for span, gate_span, block in _gated(spec):
-        shape = (-1, block.components, block.mul)
+        shape = (x.shape[0], block.components, block.mul)
         g = grad[:, span.start - n_gates : span.stop - n_gates].reshape(shape)
         gate_grad[:, gate_span] = (g * x[:, span].reshape(shape)).sum(1)
-        out[:, span] = (g * gates[:, None, gate_span]).reshape(x.shape[0], -1)
+        out[:, span] = (g * gates[:, None, gate_span]).reshape(x.shape[0], block.components * block.mul)
     out[:, middle] = gate_grad * _slope(x[:, middle], s.gates, s.gate_activations)
     return out
 

@@ -5,8 +5,9 @@ The energy graph is a function of edge vectors ``r_ij = r_j - r_i``. With ``g = 
     F_i = sum_(edges received by i) g - sum_(edges sent by i) g        (eV/Å)
     W   = sum_edges r_ij (x) g                                         (eV; stress = W / V)
 
-Both follow from the chain rule, so one derivative serves forces and stress. The graph is traced
-through autograd once, here; nothing differentiates at run time.
+Both follow from the chain rule, so one derivative serves forces and stress. A model captured from
+tensors of its own is differentiated by its positions instead. The graph is traced through
+autograd once, here; nothing differentiates at run time.
 """
 
 from __future__ import annotations
@@ -20,30 +21,34 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functional_call, functionalize
 
-from ..capture.graphs import EDGE_VECTORS
+from ..capture.graphs import EDGE_VECTORS, GraphFormat
 from .graph_tools import finished
 
-OUTPUTS = ("energy", "atomic_energies", "forces", "virial")
+
+def outputs(form: GraphFormat) -> tuple[str, ...]:
+    """The names of what the derived graph returns."""
+    return ("energy", "forces") if form.positions else ("energy", "atomic_energies", "forces", "virial")
 
 
-def derive_forces(graph_module: GraphModule, names: Sequence[str], example: Sequence[Tensor]) -> GraphModule:
+def derive_forces(graph_module: GraphModule, form: GraphFormat, example: Sequence[Tensor]) -> GraphModule:
     """Differentiate the energy graph and trace the result.
 
     Args:
-        graph_module: inputs ``names`` -> (N,) atomic energies, eV.
-        names: input names; must include "batch" and "ptr" (see ``capture.graphs.TENSOR_NAMES``).
+        graph_module: inputs ``form.inputs`` -> (N,) atomic energies, eV.
+        form: the inputs' names; "batch" and "ptr" among them unless there are positions.
         example: inputs of a batch of at least two graphs.
 
     Returns:
-        A graph with the same inputs that returns energy (G,) float64, atomic energies (N,),
-        forces (N, 3) and virial (G, 3, 3).
+        A graph with the same inputs that returns what :func:`outputs` names: energy (G,) float64,
+        atomic energies (N,), forces (N, 3), virial (G, 3, 3); or energy and forces.
     """
     state = {
         **{k: v.detach() for k, v in graph_module.named_parameters()},
         **{k: v.detach() for k, v in graph_module.named_buffers()},
     }
     keys = list(state)
-    vectors = [name for name in names if name in EDGE_VECTORS]
+    names = form.inputs
+    vectors = [form.positions] if form.positions else [name for name in names if name in EDGE_VECTORS]
 
     def energy_and_forces(weights: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
         named = dict(zip(names, inputs, strict=True))
@@ -53,6 +58,8 @@ def derive_forces(graph_module: GraphModule, names: Sequence[str], example: Sequ
             values = tuple(named[name] for name in names)
             atomic = functional_call(graph_module, dict(zip(keys, weights, strict=True)), values)
             gradients = torch.autograd.grad(atomic.sum(), [named[name] for name in vectors])
+        if form.positions:
+            return atomic.detach(), -gradients[0]
         return (*_per_graph(atomic, named), *_forces(named, dict(zip(vectors, gradients, strict=True))))
 
     with fx_config.patch(use_duck_shape=False):

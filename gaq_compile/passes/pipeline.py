@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ..capture.graphs import GraphFormat
 from ..config import QuantConfig
 from .calibrate import calibrate
 from .cancel_relayouts import cancel_relayouts
@@ -36,7 +37,7 @@ def prepare(captured: GraphModule) -> dict[str, GraphModule]:
 def quantize_graph(
     prepared: GraphModule,
     config: QuantConfig,
-    names: Sequence[str],
+    form: GraphFormat,
     example: Sequence[Tensor],
     calibration: Sequence[Sequence[Tensor]],
     progress: bool = False,
@@ -46,13 +47,13 @@ def quantize_graph(
     Args:
         prepared: the last stage of :func:`prepare`.
         config: what to quantize and how.
-        names: the graph's input names.
+        form: the graph's inputs.
         example: inputs of a batch of at least two graphs, for tracing forces.
         calibration: input batches that set the activation steps.
         progress: show progress bars.
     """
     steps: Mapping[str, Tensor] = calibrate(prepared, calibration, config, progress)
     quantized = tag_irreps(insert_mddq(prepared, config, steps))
-    forces = tag_irreps(simplify(derive_forces(quantized, names, example)))
+    forces = tag_irreps(simplify(derive_forces(quantized, form, example)))
     folded = tag_irreps(fold_integers(forces))
     return {"insert_mddq": quantized, "derive_forces": forces, "fold_integers": folded}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 
 import pytest
 import torch
@@ -114,13 +115,13 @@ def test_polynomials(name, lanes):
     points = torch.cat([edges, torch.linspace(-80, 80, 20023), torch.randn(30000)])
     y, s = torch.empty_like(points), torch.empty_like(points)
     kernel(points, y, s)
-    assert y[8].isnan() and (name == "relu" or s[8].isnan())
+    assert y[8].isnan() and s[8].isnan() and (name == "exp" or s[:8].isfinite().all())
     points, y, s = points[9:], y[9:], s[9:]
     if name == "exp":
         assert ((y - points.double().exp()) / points.double().exp()).abs().max() < 1e-6
         return
-    for got, want in ((y, activations.apply(name, points.double())),):
-        assert ((got - want).abs() / want.abs().clamp_min(1.0)).max() < 1e-6
+    want = activations.apply(name, points.double())
+    assert ((y - want).abs() / want.abs().clamp_min(1.0)).max() < 1e-6
     assert (s - activations.derivative(name, points.double())).abs().max() < 2e-6
 
 
@@ -177,13 +178,14 @@ def _scales(irreps: str, scheme: str) -> torch.Tensor:
 
 
 def _away_from_ties(rows: int, irreps: str, scheme: str) -> torch.Tensor:
-    """Random values whose scalars, components or magnitudes are no closer than 0.05 steps to a tie."""
+    """Random values, 0.05 steps and more from ties and from where clipping begins (scalars, magnitudes)."""
     parts = []
     for b, step in zip(blocks(irreps), _scales(irreps, scheme), strict=True):
         v = torch.randn(rows, b.components, b.mul, dtype=torch.float64)
         by_component = b.l == 0 or activation_scheme(scheme).vector == "component"
         m = v.abs() if by_component else v.norm(dim=1, keepdim=True)
-        target = (m / step).round() + (torch.rand_like(m) - 0.5) * 0.9
+        offset = torch.rand_like(m) * 0.4 + 0.05
+        target = (m / step).floor() + torch.where(torch.rand_like(m) < 0.5, offset, 1 - offset)
         parts.append((v / m * target * step).flatten(1))
     return torch.cat(parts, 1).float()
 
@@ -215,7 +217,7 @@ def test_mddq(irreps, scheme):
         got, exact = run(x), fake_quantize(x.double(), scale.double(), irreps, chosen)
         for b in blocks(irreps):
             a, e = reference.view(got, b), reference.view(exact, b)
-            close = ((a - e).abs() < 1e-6 * e.abs().amax()).all(1)
+            close = ((a - e).abs() <= 1e-6 * e.abs().amax()).all(1)
             assert close.double().mean() > (0.9 if rows == 1000 else 0.5)
             assert _error(a, e) < 1e-4
     assert run(torch.empty(0, dim(irreps))).shape == (0, dim(irreps))
@@ -246,6 +248,21 @@ def _sources() -> dict[str, str]:
         "product": pointwise.product_source(product),
         "product_backward": pointwise.product_backward_source(product),
     }
+
+
+def test_runs_as_baseline_x86():
+    """What has no instruction there (rounding) is found in the C library."""
+    if "x86" not in platform.machine():
+        pytest.skip("needs an x86 machine")
+    scale = _scales(IRREPS[2], SCHEMES[0])
+    x = _away_from_ties(40, IRREPS[2], SCHEMES[0])
+    grad = torch.randn_like(x)
+    expected = fake_quantize_backward(grad, x, scale, IRREPS[2], activation_scheme(SCHEMES[0])).double()
+    run = pointwise.lower_mddq_backward(IRREPS[2], SCHEMES[0], scale, BASELINE_X86)
+    assert _error(run(grad, x), expected) < 1e-6
+    gate = pointwise.lower_gate(GATES[2], BASELINE_X86)
+    x = torch.randn(40, dim(gate_spec(GATES[2]).irreps_in))
+    assert _error(gate(x), reference.gate(x.double(), GATES[2])) < 1e-6
 
 
 @pytest.mark.parametrize("target", [BASELINE_X86, ARM], ids=["x86-64", "cortex-a72"])

@@ -4,15 +4,17 @@
 activation scheme is an integer one, the kernel quantizes a tile of rows into a buffer of its own
 and multiplies integers (``s8 x s8`` or ``s16 x s8`` into s32): nothing of integer size crosses
 memory between kernels. A gradient (``transpose``) multiplies floats with the integer weights,
-decoded in registers; no float copy of them is kept.
+decoded in registers; no float copy of them is kept. Where nothing else is asked for, a kernel runs
+with the schedules that tuning has stored for it (``database``), one for each bucket of rows.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch import Tensor
 from ...errors import LoweringError
 from ...ir.layout import blocks, simplified
 from .build import compile_kernel
+from .database import bucket, tuned
 from .dense_kernel import arguments, dense_text, sizes
 from .dense_plan import DensePlan, DenseSchedule, LinearProblem, Product, groups, make_plan, padded
 from .vnni import has_vnni
@@ -31,11 +34,19 @@ _MAX_ELEMENTS = 2**31 - 2**16  # a kernel's indices are 32-bit; longer inputs go
 
 @dataclass(frozen=True)
 class LinearKernel:
-    """A lowered linear: call it with x (N, dim_in) float32, get y (N, dim_out) float32."""
+    """A lowered linear: call it with x (N, dim_in) float32, get y (N, dim_out) float32.
+
+    Attributes:
+        plan: what the kernel's text is made from.
+        target: a TVM target in JSON.
+        constants: the packed weights, scales, column sums, steps and bias that there are.
+        tuned: kernels with other schedules, by the bucket of rows that they are for.
+    """
 
     plan: DensePlan
     target: str
     constants: tuple[Tensor, ...]
+    tuned: tuple[tuple[int, LinearKernel], ...] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
         dim_in, dim_out = self._dims
@@ -56,12 +67,15 @@ class LinearKernel:
             for start in range(0, rows, limit):
                 self.run(x[start : start + limit], y[start : start + limit])
         elif rows and self._dims[1]:
-            schedule = self.plan.schedule
-            if rows * self.plan.work_per_row <= schedule.serial_work:
-                self._serial(x, y, *self.constants, schedule.task_rows)
-            else:  # as many tasks on every thread
-                tasks = padded(-(-rows // schedule.task_rows), _threads())
-                self._parallel(x, y, *self.constants, -(-rows // tasks))
+            self._for(rows)._launch(x, y)
+
+    def _for(self, rows: int) -> LinearKernel:
+        """The kernel that is tuned for so many rows, or this one."""
+        return next((k for size, k in self.tuned if size == bucket(rows)), self) if self.tuned else self
+
+    def _launch(self, x: Tensor, y: Tensor) -> None:
+        parallel, task = launch(self.plan, x.shape[0], threads())
+        (self._parallel if parallel else self._serial)(x, y, *self.constants, task)
 
     @cached_property
     def _dims(self) -> tuple[int, int]:
@@ -77,8 +91,9 @@ class LinearKernel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all packed constants."""
-        return sum(t.numel() * t.element_size() for t in self.constants)
+        """Bytes of all packed constants (those that tuned kernels share are counted once)."""
+        held = {id(t): t for k in (self, *(k for _, k in self.tuned)) for t in k.constants}
+        return sum(t.numel() * t.element_size() for t in held.values())
 
 
 def lower_linear(
@@ -99,7 +114,8 @@ def lower_linear(
         x_scale: one float32 step per block of the simplified irreps_in; None for float activations.
         bias: float32, concatenated over the 0e output blocks; None without bias.
         target: a TVM target in JSON.
-        schedule: the kernel's constants; None takes the default of the target.
+        schedule: the kernel's constants; None takes what the tuning database holds, and the
+            default of the target where it holds nothing.
 
     Returns:
         A function of x (N, dim_in) float32, component-major, returning y (N, dim_out) float32.
@@ -107,23 +123,69 @@ def lower_linear(
     Raises:
         LoweringError: if a tensor does not fit the problem, or TVM rejects the kernel.
     """
-    plan = make_plan(problem, target, schedule)
     _check(problem, weight, weight_scale, x_scale, bias)
+    given = _Given(weight, weight_scale, x_scale, bias)
+    base = _kernel(make_plan(problem, target, schedule), given, target)
+    if schedule is not None:
+        return base
+    stored = tuned("linear", asdict(problem), target, threads(), schedule_from)
+    kernels: dict[DenseSchedule, LinearKernel] = {base.plan.schedule: base}
+    for best in stored.values():
+        if best not in kernels:
+            kernels[best] = _kernel(make_plan(problem, target, best), given, target, base)
+    return replace(base, tuned=tuple((rows, kernels[s]) for rows, s in stored.items() if kernels[s] != base))
+
+
+def launch(plan: DensePlan, rows: int, threads: int) -> tuple[bool, int]:
+    """How a kernel runs on so many rows: whether in parallel, and with how many rows a task."""
+    schedule = plan.schedule
+    if rows * plan.work_per_row <= schedule.serial_work:
+        return False, schedule.task_rows
+    tasks = padded(-(-rows // schedule.task_rows), threads)  # as many on every thread
+    return True, -(-rows // tasks)
+
+
+def schedule_from(fields: Mapping[str, Any]) -> DenseSchedule:
+    """A schedule from its fields in JSON.
+
+    Raises:
+        ValueError, TypeError, KeyError: if they make no schedule.
+    """
+    rows = tuple(int(r) for r in fields["rows"])
+    task, serial = int(fields["task_rows"]), int(fields["serial_work"])
+    if not rows or len(rows) > 8 or min(rows) < 1 or max(rows) > 32 or not 1 <= task <= 4096 or serial < 0:
+        raise ValueError(f"constants out of range: {dict(fields)}")
+    return DenseSchedule(rows, task, serial, bool(fields["components_first"]))
+
+
+def threads() -> int:
+    """The threads of TVM's pool (``build`` gives it torch's number unless told otherwise)."""
+    return int(os.environ.get("TVM_NUM_THREADS") or torch.get_num_threads())
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The tensors that a linear is lowered with."""
+
+    weight: Tensor
+    weight_scale: Tensor | None
+    x_scale: Tensor | None
+    bias: Tensor | None
+
+
+def _kernel(plan: DensePlan, given: _Given, target: str, other: LinearKernel | None = None) -> LinearKernel:
+    """Pack what a plan reads, or share what ``other`` has packed in the same order."""
+    if other is not None and other.plan.products == plan.products:
+        return LinearKernel(plan, target, other.constants)
+    steps = torch.zeros(0) if given.x_scale is None else given.x_scale.detach().float().cpu().clone()
     packed = {
-        "weight": _pack_weights(plan, weight),
-        "scale": _pack_scales(plan, weight_scale, x_scale),
-        "sums": _column_sums(plan, weight),
-        "steps": torch.zeros(0) if x_scale is None else x_scale.detach().float().cpu().clone(),
-        "bias": _pack_bias(plan, bias),
+        "weight": _pack_weights(plan, given.weight),
+        "scale": _pack_scales(plan, given.weight_scale, given.x_scale),
+        "sums": _column_sums(plan, given.weight),
+        "steps": steps[: sizes(plan)["steps"]].clone(),
+        "bias": _pack_bias(plan, given.bias),
     }
-    packed["steps"] = packed["steps"][: sizes(plan)["steps"]].clone()
-    names = [name for name in arguments(plan) if name in packed]
-    return LinearKernel(plan, target, tuple(packed[name] for name in names))
-
-
-@lru_cache(maxsize=1)
-def _threads() -> int:
-    return int(os.environ.get("TVM_NUM_THREADS") or os.cpu_count() or 1)
+    return LinearKernel(plan, target, tuple(packed[name] for name in arguments(plan) if name in packed))
 
 
 def arithmetic(problem: LinearProblem, target: str) -> str:

@@ -1,0 +1,100 @@
+"""A compiled potential as an ASE calculator.
+
+>>> atoms.calc = GAQCalculator("azobenzene.gaq")
+>>> atoms.get_forces()  # eV/Å
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from ..errors import StructureError
+from ..potential import Potential
+
+
+class GAQCalculator(Calculator):
+    """Energy, forces and stress from a :class:`Potential`, in ASE's units and conventions.
+
+    One evaluation answers for all properties, and an unchanged structure is never evaluated twice.
+    Total charge and spin are read from ``atoms.info["charge"]`` and ``atoms.info["spin"]``; a
+    change of either counts as a change of the structure.
+
+    Properties: ``energy`` and ``free_energy`` (eV), ``energies`` (n,) eV, ``forces`` (n, 3) eV/Å,
+    ``stress`` (6,) eV/Å^3 in Voigt order xx, yy, zz, yz, xz, xy (fully periodic structures only).
+
+    Args:
+        potential: a compiled potential, or the path of a ``.gaq`` file.
+        settings: ASE's own calculator settings (``label``, ``atoms``, ``directory``).
+
+    Raises:
+        FileFormatError: if the file is truncated, damaged or foreign.
+        StructureError: when evaluated on NaN positions, coincident atoms or unknown elements.
+    """
+
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012
+    # No potential here reads them, so they must not cost an evaluation.
+    ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
+
+    def __init__(self, potential: Potential | str | Path, **settings: Any) -> None:
+        super().__init__(**settings)
+        if isinstance(potential, Potential):
+            self.potential = potential
+        else:
+            from ..api import load
+
+            self.potential = load(potential)
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """ASE's list of changes since the last evaluation, charge and spin included."""
+        changes = list(super().check_state(atoms, tol=tol))
+        if self.atoms is not None and _charge_and_spin(self.atoms) != _charge_and_spin(atoms):
+            changes.append("info")
+        return changes
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: list[str] | None = None,
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        """Evaluate every property of ``atoms`` at once into ``results``.
+
+        Raises:
+            StructureError: for a structure that cannot be evaluated, or none at all.
+            PropertyNotImplementedError: for the stress of a structure that is not fully periodic.
+        """
+        wanted = properties or ["energy"]
+        if "energy" not in self.results or system_changes:
+            super().calculate(atoms, wanted, system_changes)
+            self.results = {}  # should this evaluation fail, the last one's answer must not survive
+            self.results = self._evaluate()
+        missing = [name for name in wanted if name not in self.results]
+        if missing:
+            raise PropertyNotImplementedError(
+                f"{', '.join(missing)}: only for structures that are periodic in all three directions"
+            )
+
+    def _evaluate(self) -> dict[str, Any]:
+        if self.atoms is None:
+            raise StructureError("no structure was given", fix="atoms.calc = calculator, or pass atoms=")
+        found = self.potential.predict([self.atoms])[0]
+        results: dict[str, Any] = {
+            "energy": float(found.energy),
+            "free_energy": float(found.energy),
+            "forces": np.asarray(found.forces, dtype=np.float64),
+        }
+        if found.energies is not None:
+            results["energies"] = np.asarray(found.energies, dtype=np.float64)
+        if found.stress is not None:
+            results["stress"] = full_3x3_to_voigt_6_stress(found.stress)
+        return results
+
+
+def _charge_and_spin(atoms: Atoms) -> tuple[float, float]:
+    return float(atoms.info.get("charge", 0.0)), float(atoms.info.get("spin", 0.0))

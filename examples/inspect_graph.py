@@ -35,7 +35,8 @@ def main() -> None:
         kinds = Counter(name.removeprefix("gaq.") for name in names if name.startswith("gaq."))
         shown = ", ".join(f"{count} {name}" for name, count in kinds.most_common(5))
         calls = sum(n.op == "call_module" for n in graph.graph.nodes)
-        print(f"{stage:24} {len(graph.graph.nodes):6}  {shown}" + (f", {calls} kernel calls" if calls else ""))
+        shown += f", {calls} kernel calls" if calls else ""
+        print(f"{stage:24} {len(graph.graph.nodes):6}  {shown}")
     for stage in options.draw:
         for suffix in (".html", ".svg"):
             path = gaq_compile.draw(
@@ -47,7 +48,9 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=tuple(PRETRAINED), default="so3lr")
     parser.add_argument("--scheme", default="w8a8")
     parser.add_argument("--backend", default="tvm")

@@ -62,7 +62,9 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--potential", help="a .gaq file; without it one is compiled")
     parser.add_argument("--model", default="so3lr")
     parser.add_argument("--scheme", default=gaq_compile.config.DEFAULT_SCHEME)

@@ -20,7 +20,7 @@ from gaq_compile.ir.printing import format_graph
 
 # One layer of each model, by its modules' names.
 LAYERS = {
-    "so3lr": ("euclidean_transformers.1.interaction_block", "euclidean_transformers.1.euclidean_attention_block"),
+    "so3lr": ("transformers.1.euclidean_attention_block", "transformers.1.interaction_block"),
     "sevennet-0": ("2_self_interaction_1", "2_convolution", "2_self_interaction_2"),
 }
 
@@ -49,7 +49,9 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=tuple(LAYERS), default="so3lr")
     parser.add_argument("--scheme", default=gaq_compile.config.DEFAULT_SCHEME)
     parser.add_argument("--backend", default="tvm")

@@ -220,13 +220,13 @@ class _Attention(nn.Module):
         invariants = self.so3_conv_invariants(ev_features[senders] - ev_features[receivers])
         alpha_inv = self._alpha(inv_features, invariants, rbf, senders, receivers, "inv")
         alpha_ev = self._alpha(inv_features, invariants, rbf, senders, receivers, "ev")
-        values = self.v_inv(inv_features)[senders].reshape(senders.shape[0], self.inv_heads, -1)
+        edges, (nodes, width) = senders.shape[0], inv_features.shape
+        values = self.v_inv(inv_features)[senders].reshape(edges, self.inv_heads, width // self.inv_heads)
         messages = (cutoffs * alpha_inv)[..., None] * values
-        shape = (inv_features.shape[0], inv_features.shape[1])
-        d_inv = inv_features.new_zeros(shape).index_add(0, receivers, messages.reshape(-1, shape[1]))
-        ones = inv_features.new_ones(shape[0], 1)
+        d_inv = inv_features.new_zeros(nodes, width).index_add(0, receivers, messages.reshape(edges, width))
+        ones = inv_features.new_ones(nodes, 1)
         updates = ops.tensor_product(ones[senders], sh_vectors, cutoffs * alpha_ev, self.spec, self.label)
-        d_ev = ev_features.new_zeros(shape[0], ev_features.shape[1]).index_add(0, receivers, updates)
+        d_ev = ev_features.new_zeros(nodes, ev_features.shape[1]).index_add(0, receivers, updates)
         return d_inv, d_ev
 
     def _alpha(
@@ -238,7 +238,8 @@ class _Attention(nn.Module):
         query = self.qk_non_linearity(getattr(self, f"q_{kind}")(inv_features))[receivers]
         key = self.qk_non_linearity(getattr(self, f"k_{kind}")(inv_features))[senders]
         filters = getattr(self, f"filter_net_{kind}")(rbf, invariants)
-        products = (query * key * filters).reshape(senders.shape[0], heads, -1)
+        shape = (senders.shape[0], heads, inv_features.shape[1] // heads)
+        products = (query * key * filters).reshape(shape)
         return products.sum(-1) / norm
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ..backends.base import Backend, Lowered, Refused
@@ -53,10 +53,15 @@ class KernelCall(nn.Module):
         self.run, self.description = run, description
 
     def forward(self, *arguments: Any) -> Any:
-        return self.run(*arguments)
+        return self.run(*(_compact(a) if isinstance(a, Tensor) else a for a in arguments))
 
     def extra_repr(self) -> str:
         return self.description
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """Kernels take rows without gaps; an empty tensor may keep strides that say otherwise."""
+    return tensor.contiguous() if tensor.numel() else tensor.new_empty(tensor.shape)
 
 
 def lower(

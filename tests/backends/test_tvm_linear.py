@@ -24,6 +24,7 @@ from gaq_compile.backends.tvm.linear import (
 from gaq_compile.errors import ConfigError, LoweringError
 from gaq_compile.ir.layout import blocks, dim, simplified
 from gaq_compile.numerics.activations import fake_quantize, quantize_block
+from gaq_compile.numerics.gradients import fake_quantize_gradient, quantize_gradient
 from gaq_compile.numerics.weights import dequantize_weight
 
 SCHEMES = ("f32", "s8 m8d8", "s8 c8", "s16 m16d16", "s8 m8exact")
@@ -161,6 +162,146 @@ def test_integer_products_are_exact(activation: str) -> None:
         assert float(differs.float().mean()) < (2e-2 if "d" in activation and b.l else 1e-9)
 
 
+GRADIENTS = (  # the transposed radial layer, odd K, a K of one, several paths to and from a block, l up to 2
+    "64x0e -> 960x0e",
+    "21x0e -> 511x0e",
+    "18x0e+5x1e+7x2e -> 33x0e+17x1e+1x2e",
+    "5x0e+7x1e+3x0e+9x1e -> 17x0e+3x1e+4x1e+2x2e+2x0o",
+)
+
+
+def gradient_operand(t: Tensor, target: str) -> Tensor:
+    """The integers that a kernel makes of rows (N, K), seen through identity weights."""
+    k = t.shape[1]
+    made = {
+        "weight": torch.eye(k, dtype=torch.int8).flatten(),
+        "weight_scale": torch.ones(k),
+        "x_scale": None,
+        "bias": None,
+    }
+    y = run(lower(LinearProblem(f"{k}x0e -> {k}x0e", "g16", "s8", True), made, target), t.contiguous())
+    whole, step = quantize_gradient(t)
+    found = torch.where(step > 0, y / step, y)
+    assert float((found - found.round()).abs().max()) < 0.01
+    # within float32 rounding of a tie a kernel may round the other way
+    assert float((found.round() - whole).abs().max()) <= 1
+    assert float((found.round() != whole).float().mean()) < 1e-2
+    return found.round().long()
+
+
+def gradient_sums(problem: LinearProblem, x: Tensor, made: dict, target: str) -> list[Tensor]:
+    """The outputs that int64 sums allow: each cut's addition to y rounds once (fused) or twice."""
+    allowed: dict = {}
+    for path in problem.linear.paths:
+        b, out = path.block_out, path.block_in
+        codes = made["weight"][path.offset : path.offset + path.numel].view(out.mul, b.mul).T.long()
+        scale = made["weight_scale"][path.scale_offset : path.scale_offset + b.mul]
+        for c in range(b.components):
+            t = x[:, b.base + c * b.stride :][:, : b.mul] * scale
+            operand, step = gradient_operand(t, target), quantize_gradient(t)[1]
+            for cut in range(0, b.mul, 512):
+                total = operand[:, cut : cut + 512] @ codes[cut : cut + 512]
+                assert int(total.abs().max()) < 2**31
+                old = allowed.get((out, c))
+                product = total.float() * step
+                exact = total.float().double() * step.double()
+                new = [product] if old is None else [
+                    y for before in old for y in (before + product, (before + exact).float())
+                ]
+                allowed[out, c] = new
+    results = [torch.zeros(len(x), dim(problem.irreps_out)) for _ in range(max(map(len, allowed.values())))]
+    for (out, c), found in allowed.items():
+        for i, y in enumerate(results):
+            y[:, out.base + c * out.stride :][:, : out.mul] = found[i % len(found)]
+    return results
+
+
+def assert_gradient_exact(problem: LinearProblem, rows: int, target: str = "") -> None:
+    target = target or host_target()
+    x, made = tensors(problem, rows, seed=rows)
+    y = run(lower(problem, made, target), x)
+    assert bool(torch.stack([y == r for r in gradient_sums(problem, x, made, target)]).any(0).all())
+    assert_close(y, expected(problem, x, made), 1e-4)
+
+
+@pytest.mark.parametrize("weight", ["s8", "s4"])
+@pytest.mark.parametrize("spec", GRADIENTS)
+def test_integer_gradients_are_exact(spec: str, weight: str) -> None:
+    problem = LinearProblem(spec, "g16", weight, transpose=True)
+    for rows in (1, 7, 50):
+        assert_gradient_exact(problem, rows)
+    assert run(lower(problem, tensors(problem, 0)[1]), tensors(problem, 0)[0]).shape[0] == 0
+
+
+@pytest.mark.parametrize("weight", ["s8", "s4"])
+@pytest.mark.parametrize("cpu", ["core2", "haswell"])
+@pytest.mark.parametrize("spec", GRADIENTS[:3])
+def test_integer_gradients_without_vnni(spec: str, cpu: str, weight: str) -> None:
+    problem = LinearProblem(spec, "g16", weight, transpose=True)
+    if runs_here(cpu):
+        assert_gradient_exact(problem, 7, llvm(cpu))
+    else:
+        build_executable(dense_text(make_plan(problem, llvm(cpu)), parallel=True), llvm(cpu))
+
+
+def test_integer_gradients_follow_their_definition() -> None:
+    """The float definition times the codes, up to the few values that lie next to a tie."""
+    problem = LinearProblem("64x0e -> 960x0e", "g16", "s8", transpose=True)
+    x, made = tensors(problem, 30)
+    codes = made["weight"].view(64, 960).T.double()
+    want = fake_quantize_gradient(x * made["weight_scale"]).double() @ codes
+    assert_close(run(lower(problem, made), x), want, 1e-5)
+
+
+@pytest.mark.parametrize("weight", ["s8", "s4"])
+def test_gradient_sums_of_extreme_values_do_not_overflow(weight: str) -> None:
+    problem = LinearProblem("3x0e -> 1031x0e", "g16", weight, transpose=True)
+    made = tensors(problem, 2)[1]
+    made["weight"] = torch.full_like(made["weight"], -127 if weight == "s8" else -7)
+    made["weight_scale"] = torch.ones(1031)
+    x = torch.full((2, 1031), 1e20) * torch.tensor([[1.0], [-1.0]])
+    assert_close(run(lower(problem, made), x), expected(problem, x, made), 1e-6)
+
+
+def test_gradient_rows_have_steps_of_their_own() -> None:
+    """Rows from 1e-30 to 1e30 are equally exact; zero, tiny and subnormal rows give zeros."""
+    problem = LinearProblem("6x0e+3x1e -> 40x0e+20x1e", "g16", "s8", transpose=True)
+    x, made = tensors(problem, 9)
+    x *= torch.tensor([1e30, 1e15, 1.0, 1e-10, 1e-20, 1e-28, 0.0, 1e-36, 1e-42])[:, None]
+    x[2, 40:60] = 0.0  # one component of row 2
+    y, want = run(lower(problem, made), x), expected(problem, x, made)
+    for row in range(6):
+        assert_close(y[row, :6], want[row, :6], 1e-4)
+        for c in range(3):
+            assert_close(y[row, 6 + 3 * c :][:3], want[row, 6 + 3 * c :][:3], 1e-3)
+    assert torch.equal(y[6:], torch.zeros(3, 15)) and torch.equal(y[2, 6:9], torch.zeros(3))
+
+
+def test_gradients_do_not_depend_on_their_neighbours() -> None:
+    problem = LinearProblem("16x0e -> 40x0e", "g16", "s8", transpose=True)
+    x, made = tensors(problem, 113)
+    alone = torch.cat([run(lower(problem, made), row[None]) for row in x])
+    for schedule in (None, DenseSchedule(serial_work=0), DenseSchedule(serial_work=0, components_first=True)):
+        kernel = lower(problem, made, schedule=schedule)
+        for rows in (0, 1, 7, 47, 48, 49, 113):
+            assert torch.equal(run(kernel, x[:rows]), alone[:rows])
+        assert torch.equal(kernel(x[3:]), alone[3:])
+
+
+@pytest.mark.parametrize("cpu", ["", "haswell", "core2"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_gradients_that_are_not_finite_stay_visible(bad: float, cpu: str) -> None:
+    if cpu and not runs_here(cpu):
+        pytest.skip("needs an x86 processor with AVX2")
+    problem = LinearProblem("9x0e+5x1e -> 600x0e+18x1e", "g16", "s8", transpose=True)
+    x, made = tensors(problem, 4)
+    kernel = lower(problem, made, llvm(cpu) if cpu else "")
+    want = run(kernel, x)
+    x[2, 530], x[1, 600 + 18 + 2] = bad, bad  # a scalar of row 2, component 1 of a vector of row 1
+    want[2, :9], want[1, 9 + 5 : 9 + 10] = torch.nan, torch.nan
+    assert torch.equal(run(kernel, x).nan_to_num(nan=1e9), want.nan_to_num(nan=1e9))
+
+
 def _spread(found: tuple, values: Tensor) -> Tensor:
     return torch.cat([v.expand(b.mul) for b, v in zip(found, values, strict=True)])
 
@@ -241,8 +382,10 @@ def test_kernels_without_vnni(cpu: str, activation: str, weight: str) -> None:
     ],
 )
 def test_other_processors_compile(target: str) -> None:
-    plan = make_plan(LinearProblem("9x0e+5x1e -> 18x0e+3x1e", "s8 m8d8", "s8"), target)
-    build_executable(dense_text(plan, parallel=True), target)
+    spec = "9x0e+5x1e -> 18x0e+3x1e"
+    gradients = [LinearProblem(spec, "g16", weight, transpose=True) for weight in ("s8", "s4")]
+    for problem in (LinearProblem(spec, "s8 m8d8", "s8"), *gradients):
+        build_executable(dense_text(make_plan(problem, target), parallel=True), target)
 
 
 def test_arithmetic_and_vnni() -> None:
@@ -257,6 +400,9 @@ def test_arithmetic_and_vnni() -> None:
     assert names("s8 m8d8", "s8") == "s8·s8→s32 + s16·s8→s32"
     assert names("s8 m8exact", "s4") == "s8·s4→s32 + f32·s4→f32"
     assert names("f32", "s8") == "f32·s8→f32"
+    for target in (vnni, llvm("haswell"), llvm("core2")):
+        assert arithmetic(LinearProblem(MIXED, "g16", "s8", True), target) == "s16·s8→s32"
+        assert arithmetic(LinearProblem(MIXED, "g16", "s4", True), target) == "s16·s4→s32"
 
 
 def test_four_bit_weights_are_stored_in_half_the_bytes() -> None:
@@ -281,6 +427,11 @@ def test_column_tiles_cover_every_channel_once() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(LoweringError, match="gradient"):
         LinearProblem(MIXED, "s8 c8", "s8", transpose=True)
+    for arguments in ({"weight": "s8"}, {"weight": "f32", "transpose": True}):
+        with pytest.raises(LoweringError, match="g16 is for gradients"):
+            LinearProblem(MIXED, "g16", **arguments)
+    with pytest.raises(LoweringError, match="no bias"):
+        LinearProblem(MIXED, "g16", "s8", transpose=True, bias=True)
     with pytest.raises(LoweringError, match="weight type"):
         LinearProblem(MIXED, weight="s2")
     with pytest.raises(ConfigError):

@@ -2,9 +2,9 @@
 
     out[n] = sum over edges e with receiver n of TP(x[senders[e]], sh[e], weight[e])
 
-Both kernels run in parallel over nodes and visit a node's edges in chunks of 16. A chunk's
-spherical harmonics are contracted with the Clebsch-Gordan constants once, for all channels and
-sixteen edges at a time:
+Both kernels run in parallel over nodes and visit a node's edges in chunks (of 16, unless tuning has
+found better: :class:`ConvSchedule`). A chunk's spherical harmonics are contracted with the
+Clebsch-Gordan constants once, for all channels and a vector of edges at a time:
 
     A[m1, m3] = coefficient * sum_m2 C[m1, m2, m3] * sh[m2]
 
@@ -29,7 +29,9 @@ import torch
 from ...ir.layout import Block, dim
 from ...ir.specs import tensor_product_spec
 from .build import compile_kernel
+from .conv_schedule import DEFAULT, ConvSchedule, conv_schedule_from
 from .conv_terms import Pair, PathTerms, Problem, conv_problem
+from .database import bucket, threads, tuned
 from .emit import (
     block_lanes,
     kernel_text,
@@ -46,8 +48,6 @@ from .emit import (
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]], torch.Tensor]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Backward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]], Gradients]
-
-CHUNK = 16  # edges of one node that are handled together
 
 
 def conv_forward(spec: str, target: str) -> Forward:
@@ -66,7 +66,7 @@ def conv_forward(spec: str, target: str) -> Forward:
         IrrepsError: if the spec violates the selection rules.
         LoweringError: if TVM rejects the kernel.
     """
-    kernel = compile_kernel(forward_source(spec, vector_lanes(target)), target)
+    kernel = _kernels("conv", forward_source, spec, target)
     width = dim(tensor_product_spec(spec).irreps_out)
 
     def run(
@@ -75,7 +75,7 @@ def conv_forward(spec: str, target: str) -> Forward:
         if sh.shape[0] == 0:
             return x.new_zeros((x.shape[0], width))
         out = x.new_empty((x.shape[0], width))
-        kernel(x, sh, weight, edges[0], edges[2], edges[3], out)
+        kernel(sh.shape[0])(x, sh, weight, edges[0], edges[2], edges[3], out)
         return out
 
     return run
@@ -86,7 +86,7 @@ def conv_backward(spec: str, target: str) -> Backward:
 
     ``grad`` is (N, dim_out); the other arguments, shapes and errors are :func:`conv_forward`'s.
     """
-    kernel = compile_kernel(backward_source(spec, vector_lanes(target)), target)
+    kernel = _kernels("conv_backward", backward_source, spec, target)
 
     def run(
         grad: torch.Tensor,
@@ -98,25 +98,40 @@ def conv_backward(spec: str, target: str) -> Backward:
         if sh.shape[0] == 0:
             return torch.zeros_like(x), torch.zeros_like(sh), torch.zeros_like(weight)
         grad_x, grad_sh, grad_weight = torch.empty_like(x), torch.empty_like(sh), torch.empty_like(weight)
-        kernel(grad, x, sh, weight, edges[1], edges[4], edges[5], grad_x, grad_sh, grad_weight)
+        kernel(sh.shape[0])(
+            grad, x, sh, weight, edges[1], edges[4], edges[5], grad_x, grad_sh, grad_weight
+        )
         return grad_x, grad_sh, grad_weight
 
     return run
 
 
+def _kernels(
+    family: str, source: Callable[[str, int, ConvSchedule], str], spec: str, target: str
+) -> Callable[[int], Callable[..., None]]:
+    """``edges -> kernel``: the default's, or the one that is tuned for so many edges."""
+    lanes = vector_lanes(target)
+    stored = tuned(family, {"spec": spec}, target, threads(), conv_schedule_from)
+    best = {rows: compile_kernel(source(spec, lanes, s), target) for rows, s in stored.items()}
+    default = compile_kernel(source(spec, lanes, DEFAULT), target)
+    return (lambda edges: best.get(bucket(edges), default)) if best else (lambda edges: default)
+
+
 @lru_cache(maxsize=256)
-def forward_source(spec: str, lanes: int) -> str:
+def forward_source(spec: str, lanes: int, schedule: ConvSchedule = DEFAULT) -> str:
     """TVMScript of ``main(x, sh, weight, senders, receiver_ptr, receiver_order, out)``.
 
     Args:
         spec: a tensor product spec string.
         lanes: float32 per vector register of the target.
+        schedule: the kernel's constants.
     """
     problem = conv_problem(spec)
     inner: list[str] = []
-    for group in _accumulator_groups(problem, 12 if lanes == 8 else 24):
-        inner += _forward_group(group, lanes)
-    body = _per_node(problem, lanes, _Sides("senders", "out", _width(problem, "out")), inner)
+    for group in _accumulator_groups(problem, schedule.sums or (12 if lanes == 8 else 24)):
+        inner += _forward_group(group, lanes, schedule)
+    sides = _Sides("senders", "out", _width(problem, "out"))
+    body = _per_node(problem, lanes, sides, inner, schedule.chunk)
     return kernel_text(
         [
             ("x", f"nodes, {_width(problem, 'x')}", "float32"),
@@ -132,16 +147,17 @@ def forward_source(spec: str, lanes: int) -> str:
 
 
 @lru_cache(maxsize=256)
-def backward_source(spec: str, lanes: int) -> str:
+def backward_source(spec: str, lanes: int, schedule: ConvSchedule = DEFAULT) -> str:
     """TVMScript of ``main(grad, x, sh, weight, receivers, sender_ptr, sender_order, grad_x, grad_sh,
     grad_weight)``; arguments as for :func:`forward_source`."""
     problem = conv_problem(spec)
     widest = max((block_lanes(g[0].path.block_x.mul, lanes) for g in problem.by_input), default=1)
-    inner = _zero_grad_sh(problem, widest)
+    inner = _zero_grad_sh(problem, widest, schedule.chunk)
     for group in problem.by_input:
-        inner += _backward_group(problem, group, lanes, widest)
+        inner += _backward_group(problem, group, (lanes, widest), schedule)
     inner += _reduce_grad_sh(problem, widest)
-    body = _per_node(problem, lanes, _Sides("receivers", "grad_x", _width(problem, "x")), inner)
+    sides = _Sides("receivers", "grad_x", _width(problem, "x"))
+    body = _per_node(problem, lanes, sides, inner, schedule.chunk)
     return kernel_text(
         [
             ("grad", f"nodes, {_width(problem, 'out')}", "float32"),
@@ -172,20 +188,22 @@ class _Sides:
     width: int
 
 
-def _per_node(problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str]) -> list[str]:
-    """The loops over nodes and chunks of edges, around what is done with a chunk."""
+def _per_node(
+    problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str], size: int
+) -> list[str]:
+    """The loops over nodes and chunks of ``size`` edges, around what is done with a chunk."""
     zero_lanes = block_lanes(sides.width, lanes)
     gather = [
         "edge[j] = order[first + j]",
-        f"ahead[j] = order[T.min(first + j + {CHUNK}, edges - 1)]",
+        f"ahead[j] = order[T.min(first + j + {size}, edges - 1)]",
         f"node[j] = {sides.gathered}[edge[j]]",
     ]
-    gather += [f"harmonic[{k * CHUNK} + j] = sh[edge[j], {c}]" for k, c in enumerate(problem.columns)]
+    gather += [f"harmonic[{k * size} + j] = sh[edge[j], {c}]" for k, c in enumerate(problem.columns)]
     chunk = [
-        f"first: T.let = low + c * {CHUNK}",
-        f"count: T.let = T.min(high - first, {CHUNK})",
+        f"first: T.let = low + c * {size}",
+        f"count: T.let = T.min(high - first, {size})",
         *loop("j in T.serial(count)", gather),
-        *_contract_harmonics(problem, lanes),
+        *_contract_harmonics(problem, lanes, size),
         *inner,
     ]
     # Unused lanes of the last chunk are computed too: zeros, not whatever the stack holds.
@@ -193,34 +211,34 @@ def _per_node(problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str])
     zero = vector(sides.result, f"z * {zero_lanes}", zero_lanes, "i")
     columns = max(1, len(problem.columns))
     node = [
-        local("edge", CHUNK, "int32"),
-        local("ahead", CHUNK, "int32"),
-        local("node", CHUNK, "int32"),
-        local("harmonic", columns * CHUNK),
-        local("A", max(1, len(problem.symbols)) * CHUNK),
+        local("edge", size, "int32"),
+        local("ahead", size, "int32"),
+        local("node", size, "int32"),
+        local("harmonic", columns * size),
+        local("A", max(1, len(problem.symbols)) * size),
         "low: T.let = ptr[i]",
         "high: T.let = ptr[i + 1]",
-        *loop(f"z in T.serial({columns * CHUNK // lanes})", [f"{clear} = {splat(literal(0.0), lanes)}"]),
+        *loop(f"z in T.serial({columns * size // lanes})", [f"{clear} = {splat(literal(0.0), lanes)}"]),
         *loop(
             f"z in T.serial({sides.width // zero_lanes})",
             [f"{zero} = {splat(literal(0.0), zero_lanes)}"],
         ),
-        *loop(f"c in T.serial((high - low + {CHUNK - 1}) // {CHUNK})", chunk),
+        *loop(f"c in T.serial((high - low + {size - 1}) // {size})", chunk),
     ]
     return loop("i in T.parallel(nodes)", node)
 
 
-def _contract_harmonics(problem: Problem, lanes: int) -> list[str]:
+def _contract_harmonics(problem: Problem, lanes: int, size: int) -> list[str]:
     """``A[symbol, edge]`` for the chunk, vectorised over its edges."""
     place = {column: k for k, column in enumerate(problem.columns)}
     lines = []
     for k, form in enumerate(problem.symbols):
         terms = [
-            (1, f"{vector('harmonic', f'{place[c] * CHUNK} + v * {lanes}', lanes)} * {literal(value)}")
+            (1, f"{vector('harmonic', f'{place[c] * size} + v * {lanes}', lanes)} * {literal(value)}")
             for c, value in form
         ]
-        lines.append(f"{vector('A', f'{k * CHUNK} + v * {lanes}', lanes)} = {signed_sum(terms)}")
-    return loop(f"v in T.serial({CHUNK // lanes})", lines)
+        lines.append(f"{vector('A', f'{k * size} + v * {lanes}', lanes)} = {signed_sum(terms)}")
+    return loop(f"v in T.serial({size // lanes})", lines)
 
 
 def _accumulator_groups(problem: Problem, budget: int) -> list[tuple[PathTerms, ...]]:
@@ -245,11 +263,17 @@ def _element(block: Block, component: int, lanes: int) -> str:
     return f"{block.base + component * block.stride} + t * {lanes}"
 
 
-def _symbol(pair: Pair, lanes: int) -> str:
-    return splat(f"A[{pair.symbol * CHUNK} + j]", lanes)
+def _symbol(pair: Pair, lanes: int, chunk: int) -> str:
+    return splat(f"A[{pair.symbol * chunk} + j]", lanes)
 
 
-def _forward_group(group: Sequence[PathTerms], lanes: int) -> list[str]:
+def _ahead(buffer: str, index: str, level: int) -> list[str]:
+    """Fetch the next chunk's weights into a cache (TVM counts locality down from 3, the first level)."""
+    text = prefetch(buffer, index, "ahead[j]")
+    return [text.replace(", 0, 2, 1))", f", 0, {4 - level}, 1))")] if level else []
+
+
+def _forward_group(group: Sequence[PathTerms], lanes: int, schedule: ConvSchedule) -> list[str]:
     """``out[m3] += w * A[m1, m3] * x[m1]`` over a chunk, sums in registers."""
     block = group[0].path.block_x
     lanes = block_lanes(block.mul, lanes)
@@ -270,32 +294,30 @@ def _forward_group(group: Sequence[PathTerms], lanes: int) -> list[str]:
         for m in range(block.components)
     ]
     for k, terms in enumerate(group):
-        edge += _forward_path(
-            terms,
-            k,
-            lanes,
-            {
-                m3: vector(name, str(slots[terms.path.block_out.base, m3] * lanes), lanes)
-                for m3 in range(terms.path.block_out.components)
-            },
-        )
+        sums = {
+            m3: vector(name, str(slots[terms.path.block_out.base, m3] * lanes), lanes)
+            for m3 in range(terms.path.block_out.components)
+        }
+        edge += _forward_path(terms, k, lanes, sums, schedule)
     tile = [*opening, *loop("j in T.serial(count)", edge), *closing]
     return [local(name, len(slots) * lanes), *loop(f"t in T.serial({block.mul // lanes})", tile)]
 
 
-def _forward_path(terms: PathTerms, k: int, lanes: int, sums: dict[int, str]) -> list[str]:
+def _forward_path(
+    terms: PathTerms, k: int, lanes: int, sums: dict[int, str], schedule: ConvSchedule
+) -> list[str]:
     """One path on one edge, in the cheapest of three orders of multiplication."""
     path = terms.path
     weight = f"{path.offset} + t * {lanes}"
     lines = [
-        prefetch("weight", weight, "ahead[j]"),
+        *_ahead("weight", weight, schedule.prefetch),
         f"w{k}: T.let = {vector('weight', weight, lanes, 'edge[j]')}",
     ]
     by_out: dict[int, list[Pair]] = {}
     for pair in terms.pairs:
         by_out.setdefault(pair.m3, []).append(pair)
     if len(terms.symbols) == 1:
-        lines.append(f"a{k}: T.let = w{k} * {_symbol(terms.pairs[0], lanes)}")
+        lines.append(f"a{k}: T.let = w{k} * {_symbol(terms.pairs[0], lanes, schedule.chunk)}")
         for m3, pairs in by_out.items():
             lines.append(
                 f"{sums[m3]} = " + signed_sum([(p.sign, f"a{k} * x{p.m1}") for p in pairs], sums[m3])
@@ -303,11 +325,11 @@ def _forward_path(terms: PathTerms, k: int, lanes: int, sums: dict[int, str]) ->
     elif path.block_x.l <= path.block_out.l:
         lines += [f"y{k}_{m}: T.let = w{k} * x{m}" for m in range(path.block_x.components)]
         for m3, pairs in by_out.items():
-            products = [(p.sign, f"{_symbol(p, lanes)} * y{k}_{p.m1}") for p in pairs]
+            products = [(p.sign, f"{_symbol(p, lanes, schedule.chunk)} * y{k}_{p.m1}") for p in pairs]
             lines.append(f"{sums[m3]} = {signed_sum(products, sums[m3])}")
     else:
         for m3, pairs in by_out.items():
-            inner = signed_sum([(p.sign, f"{_symbol(p, lanes)} * x{p.m1}") for p in pairs])
+            inner = signed_sum([(p.sign, f"{_symbol(p, lanes, schedule.chunk)} * x{p.m1}") for p in pairs])
             lines.append(f"{sums[m3]} = {sums[m3]} + w{k} * ({inner})")
     return lines
 
@@ -317,8 +339,8 @@ def _grad_sh_slot(problem: Problem, column: int, widest: int) -> str:
     return f"j * {len(problem.columns) * widest} + {problem.columns.index(column) * widest}"
 
 
-def _zero_grad_sh(problem: Problem, widest: int) -> list[str]:
-    size = max(1, len(problem.columns)) * CHUNK * widest
+def _zero_grad_sh(problem: Problem, widest: int, chunk: int) -> list[str]:
+    size = max(1, len(problem.columns)) * chunk * widest
     zero = f"{vector('partial', f'z * {widest}', widest)} = {splat(literal(0.0), widest)}"
     count = f"count * {len(problem.columns)}"
     return [local("partial", size), *loop(f"z in T.serial({count})", [zero])]
@@ -340,10 +362,15 @@ def _reduce_grad_sh(problem: Problem, widest: int) -> list[str]:
     return [local("halves", max(2, widest)), *loop("j in T.serial(count)", lines)]
 
 
-def _backward_group(problem: Problem, group: Sequence[PathTerms], lanes: int, widest: int) -> list[str]:
-    """All gradients of the paths of one input block over a chunk of the sender's edges."""
+def _backward_group(
+    problem: Problem, group: Sequence[PathTerms], widths: tuple[int, int], schedule: ConvSchedule
+) -> list[str]:
+    """All gradients of the paths of one input block over a chunk of the sender's edges.
+
+    ``widths`` are the lanes of a register and of the widest partial sums of grad_sh.
+    """
     block = group[0].path.block_x
-    lanes = block_lanes(block.mul, lanes)
+    lanes, widest = block_lanes(block.mul, widths[0]), widths[1]
     name = f"sum_{block.base}"
     components = range(block.components)
     held = [vector(name, str(m * lanes), lanes) for m in components]
@@ -353,7 +380,7 @@ def _backward_group(problem: Problem, group: Sequence[PathTerms], lanes: int, wi
     edge = [f"s{c}_0: T.let = {slot}" for c, slot in slots.items()]
     version = dict.fromkeys(columns, 0)
     for k, terms in enumerate(group):
-        edge += _backward_path(terms, k, lanes, held)
+        edge += _backward_path(terms, k, lanes, held, schedule)
         edge += _grad_sh_path(terms, k, version)
     edge += [f"{slot} = s{c}_{version[c]}" for c, slot in slots.items()]
     tile = [
@@ -365,13 +392,15 @@ def _backward_group(problem: Problem, group: Sequence[PathTerms], lanes: int, wi
     return [local(name, block.components * lanes), *loop(f"t in T.serial({block.mul // lanes})", tile)]
 
 
-def _backward_path(terms: PathTerms, k: int, lanes: int, held: Sequence[str]) -> list[str]:
+def _backward_path(
+    terms: PathTerms, k: int, lanes: int, held: Sequence[str], schedule: ConvSchedule
+) -> list[str]:
     """``H[m1]``, then grad_x and grad_weight; leaves ``w``, ``g`` and ``y = w * x`` bound."""
     path = terms.path
     weight = f"{path.offset} + t * {lanes}"
     lines = [
-        prefetch("weight", weight, "ahead[j]"),
-        prefetch("grad_weight", weight, "ahead[j]"),
+        *_ahead("weight", weight, schedule.prefetch),
+        *_ahead("grad_weight", weight, schedule.prefetch),
         f"w{k}: T.let = {vector('weight', weight, lanes, 'edge[j]')}",
     ]
     for m3 in range(path.block_out.components):
@@ -381,7 +410,7 @@ def _backward_path(terms: PathTerms, k: int, lanes: int, held: Sequence[str]) ->
     for pair in terms.pairs:
         by_in.setdefault(pair.m1, []).append(pair)
     for m1, pairs in by_in.items():
-        total = signed_sum([(p.sign, f"{_symbol(p, lanes)} * g{k}_{p.m3}") for p in pairs])
+        total = signed_sum([(p.sign, f"{_symbol(p, lanes, schedule.chunk)} * g{k}_{p.m3}") for p in pairs])
         lines.append(f"h{k}_{m1}: T.let = {total}")
         lines.append(f"{held[m1]} = {held[m1]} + w{k} * h{k}_{m1}")
     grad_weight = signed_sum([(1, f"x{m1} * h{k}_{m1}") for m1 in by_in]) or splat(literal(0.0), lanes)

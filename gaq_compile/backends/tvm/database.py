@@ -25,6 +25,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from .build import cache_dir, tvm_version
 
 FORMAT = 1
@@ -38,6 +40,11 @@ Schedule = TypeVar("Schedule")
 def bucket(rows: int) -> int:
     """The bucket nearest to ``rows`` on a logarithmic scale."""
     return min(BUCKETS, key=lambda b: abs(math.log(b / max(rows, 1))))
+
+
+def threads() -> int:
+    """The threads of TVM's pool (``build`` gives it torch's number unless told otherwise)."""
+    return int(os.environ.get("TVM_NUM_THREADS") or torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,17 @@ class KernelKey:
 
     def record(self, kind: str, threads: int, **facts: Any) -> Record:
         """A line for this key."""
-        head = {"format": FORMAT, "kind": kind, "family": self.family, "problem": json.loads(self.problem)}
-        place = {"rows": self.rows, "target": json.loads(self.target), "tvm": tvm_version(), "threads": threads}
-        return {**head, **place, **facts}
+        return {
+            "format": FORMAT,
+            "kind": kind,
+            "family": self.family,
+            "problem": json.loads(self.problem),
+            "rows": self.rows,
+            "target": json.loads(self.target),
+            "tvm": tvm_version(),
+            "threads": threads,
+            **facts,
+        }
 
 
 def problem_text(problem: Mapping[str, Any]) -> str:
@@ -96,7 +111,8 @@ def append(target: str, record: Record) -> None:
 def trials(key: KernelKey, threads: int) -> dict[str, Record]:
     """The candidates already measured for a key on so many threads, by the hash of their code."""
     found = _lines(database_path(key.target)).get(key.identity, ())
-    return {r["code"]: r for r in found if r["kind"] == "trial" and r.get("threads") == threads and "code" in r}
+    mine = (r for r in found if r["kind"] == "trial" and r.get("threads") == threads)
+    return {r["code"]: r for r in mine if "code" in r}
 
 
 def choice(key: KernelKey, threads: int | None = None) -> Record | None:

@@ -1,7 +1,8 @@
 """The text of a linear kernel: one loop over tasks of rows, each a prologue and register tiles.
 
     for each task of rows (in parallel):
-        prologue: the task's rows of x become integers (or scaled floats) in a tile buffer
+        prologue: the task's rows of x become integers (or scaled floats) in a tile buffer; a
+            gradient's integers get a step per row
         for each product, column tile, component, register tile of rows:
             accumulators = 0 (or minus the unsigned offset's share)
             for each group of input channels: accumulators += operand * decoded weights
@@ -13,11 +14,13 @@ Integers never leave the task. Rows beyond the last are computed on clamped rows
 from __future__ import annotations
 
 from ...config import ActivationScheme, activation_scheme
+from ...numerics.gradients import LARGEST, SMALLEST
 from .build import module_text
-from .dense_plan import ColumnTiles, DensePlan, Operand, Product, groups
+from .dense_plan import WEIGHED, ColumnTiles, DensePlan, Operand, Product, groups
 from .emit import literal, loop, splat, vector
 
 _BUFFERS = {"float32": "qf", "int16": "q16", "int8": "q8", "uint8": "q8"}
+_FLOAT_MAX = (2.0 - 2.0**-23) * 2.0**127
 _WEIGHTS = {"f32": "float32", "s8": "int8", "s4": "uint8"}
 
 
@@ -60,7 +63,7 @@ def arguments(plan: DensePlan) -> dict[str, str]:
 
 def sizes(plan: DensePlan) -> dict[str, int]:
     """Elements of each packed constant."""
-    quantized = [o.index for o in plan.operands if o.rule not in ("direct", "scaled")]
+    quantized = [o.index for o in plan.operands if o.rule not in ("direct", *WEIGHED)]
     return plan.sizes | {"steps": max(quantized, default=-1) + 1}
 
 
@@ -74,6 +77,8 @@ def _buffers(plan: DensePlan) -> list[str]:
             lines.append(f'{_BUFFERS[dtype]} = T.alloc_buffer(({rows * size},), "{dtype}", scope="global")')
     if plan.watched:
         lines.append(f'nan = T.alloc_buffer(({rows * plan.watched},), "float32", scope="global")')
+    if plan.dynamic:
+        lines.append(f'gs = T.alloc_buffer(({rows * plan.dynamic},), "float32", scope="global")')
     return lines
 
 
@@ -83,7 +88,9 @@ def _buffers(plan: DensePlan) -> list[str]:
 def _prologue(plan: DensePlan) -> list[str]:
     body: list[str] = []
     for operand in plan.operands:
-        if operand.rule != "direct":
+        if operand.rule == "dynamic":
+            body += _gradient(plan, operand)
+        elif operand.rule != "direct":
             body += _convert(plan, operand)
     return loop("r in T.serial(rows)", body) if body else []
 
@@ -120,6 +127,59 @@ def _convert(plan: DensePlan, o: Operand) -> list[str]:
         f"{watch} = {zero}",
         *loop(f"i in T.serial({-(-mul // lanes)})", lines),
         f"nan[r * {plan.watched} + {o.slot}] = {total}",
+    ]
+
+
+def _gradient(plan: DensePlan, o: Operand) -> list[str]:
+    """One row's block of a gradient into 16-bit integers, a step per component (numerics.gradients).
+
+    The maximum is taken of the bits of ``|t|``, which order floats and put infinities and NaNs on
+    top; the step of such a row is NaN. Adding 1.5 * 2^23 rounds half to even and leaves the integer
+    in the low bits of the sum.
+    """
+    mul, comps = o.block.mul, range(o.block.components)
+    lanes = min(plan.unit.lanes, 1 << (mul.bit_length() - 1))
+    ints = _many("int32", lanes)
+    load = [f"u = T.min(i * {lanes}, {mul - lanes})", f"w = {vector('scale', f'{o.index} + u', lanes)}"]
+    for c in comps:
+        place = vector("x", f"{o.block.base + c * o.block.stride} + u", lanes, row="n0 + r")
+        load.append(f"t{c} = {place} * w")
+    header = f"i in T.serial({-(-mul // lanes)})"
+    lines, largest, stores = [], [], []
+    for c in comps:
+        name = f"top{o.step + c}"
+        lines += [
+            f'{name} = T.alloc_buffer(({lanes},), "int32", scope="local")',
+            f"{vector(name, '0', lanes)} = {splat('0', lanes)}",
+        ]
+        bits = f'T.reinterpret(t{c}, dtype="{ints}") & {splat("0x7FFFFFFF", lanes)}'
+        largest.append(f"{vector(name, '0', lanes)} = T.max({vector(name, '0', lanes)}, {bits})")
+    lines += loop(header, load + largest)
+    for c in comps:
+        lines += _step(plan, o, c, lanes)
+    rounding = splat(literal(1.5 * 2.0**23), lanes)
+    for c in comps:
+        bits = f'T.reinterpret(t{c} * {splat(f"inv{o.step + c}", lanes)} + {rounding}, dtype="{ints}")'
+        place = _tile(plan, o, "r", f"{c * o.width} + u", lanes)
+        stores.append(f'{place} = T.Cast("{_many("int16", lanes)}", {bits})')
+    return lines + loop(header, load + stores)
+
+
+def _step(plan: DensePlan, o: Operand, c: int, lanes: int) -> list[str]:
+    """A component's step, kept for the row's products, and what its values are multiplied by."""
+    k = o.step + c
+    lines, half = [], lanes // 2
+    while half:
+        low, high = vector(f"top{k}", "0", half), vector(f"top{k}", str(half), half)
+        lines.append(f"{low} = T.max({low}, {high})")
+        half //= 2
+    zero, small = literal(0.0), literal(SMALLEST)
+    finite = f"T.Select(m{k} <= {literal(_FLOAT_MAX)}, m{k} * {literal(1.0 / LARGEST)}, T.float32('nan'))"
+    return [
+        *lines,
+        f'm{k} = T.reinterpret(top{k}[0], dtype="float32")',
+        f"gs[r * {plan.dynamic} + {k}] = T.Select(m{k} < {small}, {zero}, {finite})",
+        f"inv{k} = T.Select(m{k} < {small}, {zero}, {literal(float(LARGEST))} / m{k})",
     ]
 
 
@@ -290,6 +350,8 @@ def _store(plan: DensePlan, p: Product, tiles: ColumnTiles, r: int) -> list[str]
             value = f'T.Cast("float32x{lanes}", {value})'
         if p.scale >= 0:
             value += f" * {vector('scale', f'{p.scale} + {column}', lanes)}"
+        if o.step >= 0:
+            value += f" * {splat(f'gs[(s * {height} + {r}) * {plan.dynamic} + {o.step} + c]', lanes)}"
         if o.slot >= 0:
             spot = f"nan[(s * {height} + {r}) * {plan.watched} + {o.slot}]"
             value += f" + {splat(spot, lanes)}"

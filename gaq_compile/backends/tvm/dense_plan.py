@@ -9,7 +9,7 @@ are packed in column tiles of ``vectors`` registers, ``[tile][K / step][vectors 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ...config import ActivationScheme, activation_scheme
@@ -21,6 +21,12 @@ from .vnni import VectorUnit, vector_unit
 MAX_DEPTH = {"f32": 1 << 30, "s8": 65536, "s16": 512}
 """How many products an s32 sum may hold: 512 * 32767 * 127 and 65536 * 255 * 127 are below 2^31."""
 
+GRADIENT = "g16"
+"""The activation of a gradient in integers (numerics.gradients)."""
+
+WEIGHED = ("scaled", "dynamic")
+"""Operands that take the weights' scales before the product: a transpose sums over their channels."""
+
 
 @dataclass(frozen=True)
 class LinearProblem:
@@ -28,9 +34,11 @@ class LinearProblem:
 
     Attributes:
         spec: the :class:`LinearSpec` as text.
-        activation: ``"f32"`` or an activation scheme such as ``"s8 m8d8"``.
+        activation: ``"f32"``, an activation scheme such as ``"s8 m8d8"``, or for a gradient that meets
+            integer weights ``"g16"``: 16-bit integers with a step per row (numerics.gradients).
         weight: ``"f32"``, ``"s8"`` or ``"s4"``.
-        transpose: the gradient's map, from irreps_out to irreps_in (activation ``"f32"``, no bias).
+        transpose: the gradient's map, from irreps_out to irreps_in (activation ``"f32"`` or ``"g16"``,
+            no bias).
         bias: whether a float bias is added to the ``0e`` output blocks.
     """
 
@@ -43,13 +51,19 @@ class LinearProblem:
     def __post_init__(self) -> None:
         if self.weight not in ("f32", "s8", "s4"):
             raise LoweringError(f"unknown weight type {self.weight!r}", where=str(self), fix="f32, s8 or s4")
-        if self.transpose and (self.activation != "f32" or self.bias):
+        if self.transpose and (self.activation not in ("f32", GRADIENT) or self.bias):
             raise LoweringError(
-                "a transposed linear takes a float gradient and no bias",
+                f"a transposed linear takes a gradient, float or {GRADIENT}, and no bias",
                 where=str(self),
-                fix="use activation='f32', bias=False",
+                fix=f"use activation='f32' or {GRADIENT!r}, bias=False",
             )
-        if self.activation != "f32":
+        if self.activation == GRADIENT and not (self.transpose and self.weight != "f32"):
+            raise LoweringError(
+                f"{GRADIENT} is for gradients (transposed linears) that meet integer weights",
+                where=str(self),
+                fix="use activation='f32', or transpose=True with weights s8 or s4",
+            )
+        if self.activation not in ("f32", GRADIENT):
             activation_scheme(self.activation)
         linear_spec(self.spec)
 
@@ -59,7 +73,8 @@ class LinearProblem:
 
     @property
     def scheme(self) -> ActivationScheme | None:
-        return None if self.activation == "f32" else activation_scheme(self.activation)
+        """The static scheme of the activations; None for floats and for gradients."""
+        return None if self.activation in ("f32", GRADIENT) else activation_scheme(self.activation)
 
     @property
     def irreps_in(self) -> str:
@@ -101,12 +116,14 @@ class Operand:
     Attributes:
         kind: ``"f32"``, ``"s8"`` or ``"s16"``.
         rule: ``"direct"`` (read from x), ``"scaled"`` (times the weights' scales, for gradients),
+            ``"dynamic"`` (that in integers, with a step per row and component: numerics.gradients),
             ``"component"``, ``"mddq"`` or ``"exact"`` (numerics.activations).
         block: where it lies in x.
         width: channels per component in the tile buffer.
         offset: its first element in a row of the tile buffer.
-        index: its step's place in ``steps``; for ``"scaled"``, its place in ``scale``.
+        index: its step's place in ``steps``; for gradients, its place in ``scale``.
         slot: its place among the operands whose NaNs are watched; -1 where floats carry them.
+        step: the first component's place among a row's dynamic steps; -1 where steps are static.
     """
 
     kind: str
@@ -116,6 +133,7 @@ class Operand:
     offset: int = 0
     index: int = 0
     slot: int = -1
+    step: int = -1
 
 
 @dataclass(frozen=True)
@@ -179,6 +197,11 @@ class DensePlan:
         return sum(o.slot >= 0 for o in self.operands)
 
     @cached_property
+    def dynamic(self) -> int:
+        """How many dynamic steps a row has: one per component of each ``"dynamic"`` operand."""
+        return sum(o.block.components for o in self.operands if o.rule == "dynamic")
+
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """Elements of the packed weights, scales, column sums and bias."""
         ends = {"weight": 0, "scale": 0, "sums": 0, "bias": 0}
@@ -186,10 +209,10 @@ class DensePlan:
             wide = padded(p.block.mul, self.unit.lanes)
             kind = self.operands[p.operand].kind
             ends["weight"] = p.weight + groups(self, kind, p.depth) * self.unit.step(kind) * wide
-            ends["scale"] = max(ends["scale"], p.scale + wide)
-            ends["sums"] = max(ends["sums"], p.sums + wide)
+            ends["scale"] = max(ends["scale"], p.scale + wide if p.scale >= 0 else 0)
+            ends["sums"] = max(ends["sums"], p.sums + wide if p.sums >= 0 else 0)
         if self.problem.transpose:
-            ends["scale"] = max((o.index + o.width for o in self.operands if o.rule == "scaled"), default=0)
+            ends["scale"] = max((o.index + o.width for o in self.operands if o.rule in WEIGHED), default=0)
         ends["bias"] = sum(padded(b.mul, self.unit.lanes) for b in self.biased)
         return ends
 
@@ -268,7 +291,8 @@ def make_plan(problem: LinearProblem, target: str, schedule: DenseSchedule | Non
         scaled = 0
         for path in problem.linear.paths:
             wide = padded(path.block_out.mul, unit.lanes)
-            operands.append(Operand("f32", "scaled", path.block_out, index=scaled))
+            kind, rule = ("s16", "dynamic") if problem.activation == GRADIENT else ("f32", "scaled")
+            operands.append(Operand(kind, rule, path.block_out, index=scaled))
             scaled += wide
         choice = {path: i for i, path in enumerate(problem.linear.paths)}
     else:
@@ -300,7 +324,7 @@ def _operand(problem: LinearProblem, block: Block) -> Operand:
 def _place(operands: list[Operand], unit: VectorUnit) -> tuple[Operand, ...]:
     """Give each operand its place in the tile buffer of its storage type."""
     used: dict[str, int] = {}
-    placed, slot = [], 0
+    placed, slot, step = [], 0, 0
     for o in operands:
         if o.rule == "direct":
             placed.append(o)
@@ -309,9 +333,19 @@ def _place(operands: list[Operand], unit: VectorUnit) -> tuple[Operand, ...]:
         width = padded(o.block.mul, max(unit.lanes, 4))
         start = used.get(dtype, 0)
         used[dtype] = start + o.block.components * width
-        watched = slot if o.kind != "f32" else -1
-        slot += o.kind != "f32"
-        placed.append(Operand(o.kind, o.rule, o.block, width, start, o.index, watched))
+        dynamic = o.rule == "dynamic"  # NaNs are in its steps
+        watched = o.kind != "f32" and not dynamic
+        placed.append(
+            replace(
+                o,
+                width=width,
+                offset=start,
+                slot=slot if watched else -1,
+                step=step if dynamic else -1,
+            )
+        )
+        slot += watched
+        step += o.block.components if dynamic else 0
     return tuple(placed)
 
 

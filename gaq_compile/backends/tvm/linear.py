@@ -3,14 +3,14 @@
 :func:`lower_linear` packs the weights once and returns a function of the float input. Where the
 activation scheme is an integer one, the kernel quantizes a tile of rows into a buffer of its own
 and multiplies integers (``s8 x s8`` or ``s16 x s8`` into s32): nothing of integer size crosses
-memory between kernels. A gradient (``transpose``) multiplies floats with the integer weights,
-decoded in registers; no float copy of them is kept. Where nothing else is asked for, a kernel runs
-with the schedules that tuning has stored for it (``database``), one for each bucket of rows.
+memory between kernels. A gradient (``transpose``) is quantized to 16 bits with a step per row
+(``"g16"``), or multiplies floats with the integer weights, decoded in registers; no float copy of
+them is kept. Where nothing else is asked for, a kernel runs with the schedules that tuning has
+stored for it (``database``), one for each bucket of rows.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from torch import Tensor
 from ...errors import LoweringError
 from ...ir.layout import blocks, simplified
 from .build import compile_kernel
-from .database import bucket, tuned
+from .database import bucket, threads, tuned
 from .dense_kernel import arguments, dense_text, sizes
 from .dense_plan import DensePlan, DenseSchedule, LinearProblem, Product, groups, make_plan, padded
 from .vnni import has_vnni
@@ -111,7 +111,7 @@ def lower_linear(
         problem: what to compute.
         weight: (spec.weight_numel,) float32, or int8 codes for weights ``"s8"`` and ``"s4"``.
         weight_scale: (spec.scale_numel,) float32 steps of the codes; None for float weights.
-        x_scale: one float32 step per block of the simplified irreps_in; None for float activations.
+        x_scale: one float32 step per block of the simplified irreps_in; None for floats and gradients.
         bias: float32, concatenated over the 0e output blocks; None without bias.
         target: a TVM target in JSON.
         schedule: the kernel's constants; None takes what the tuning database holds, and the
@@ -133,7 +133,8 @@ def lower_linear(
     for best in stored.values():
         if best not in kernels:
             kernels[best] = _kernel(make_plan(problem, target, best), given, target, base)
-    return replace(base, tuned=tuple((rows, kernels[s]) for rows, s in stored.items() if kernels[s] != base))
+    other = ((rows, kernels[s]) for rows, s in stored.items() if s != base.plan.schedule)
+    return replace(base, tuned=tuple(other))
 
 
 def launch(plan: DensePlan, rows: int, threads: int) -> tuple[bool, int]:
@@ -156,11 +157,6 @@ def schedule_from(fields: Mapping[str, Any]) -> DenseSchedule:
     if not rows or len(rows) > 8 or min(rows) < 1 or max(rows) > 32 or not 1 <= task <= 4096 or serial < 0:
         raise ValueError(f"constants out of range: {dict(fields)}")
     return DenseSchedule(rows, task, serial, bool(fields["components_first"]))
-
-
-def threads() -> int:
-    """The threads of TVM's pool (``build`` gives it torch's number unless told otherwise)."""
-    return int(os.environ.get("TVM_NUM_THREADS") or torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -208,7 +204,7 @@ def _check(
     bias: Tensor | None,
 ) -> None:
     spec, quantized = problem.linear, problem.weight != "f32"
-    scales = len(blocks(simplified(spec.irreps_in))) if problem.activation != "f32" else None
+    scales = len(blocks(simplified(spec.irreps_in))) if problem.scheme is not None else None
     expected = (
         ("weight", weight, spec.weight_numel, torch.int8 if quantized else torch.float32),
         ("weight_scale", weight_scale, spec.scale_numel if quantized else None, torch.float32),

@@ -1,0 +1,25 @@
+"""What several test files share: one quantized SO3LR, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import gaq_compile
+from gaq_compile.datasets import example_structures
+
+
+@pytest.fixture(scope="session")
+def so3lr_w8a8() -> gaq_compile.Potential:
+    """SO3LR in 8-bit integers, calibrated on two frames of azobenzene."""
+    pytest.importorskip("so3krates_torch")
+    pytest.importorskip("tvm_ffi")
+    frames = example_structures("azobenzene")[:2]
+    return gaq_compile.quantize("so3lr", frames, "w8a8", measure=False, progress=False)
+
+
+@pytest.fixture(scope="session")
+def so3lr_file(so3lr_w8a8: gaq_compile.Potential, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, saved."""
+    return so3lr_w8a8.save(tmp_path_factory.mktemp("saved") / "so3lr.gaq")

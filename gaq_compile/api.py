@@ -28,6 +28,7 @@ from .capture.pretrained import load_model
 from .config import DEFAULT_SCHEME, QuantConfig, is_conservative, resolve
 from .errors import NoEdgesError
 from .ir.specs import linear_spec
+from .passes.calibrate import quantization_sites
 from .passes.graph_tools import attribute, gaq
 from .passes.lower import Placement, lower
 from .passes.pipeline import prepare, quantize_graph
@@ -88,7 +89,7 @@ def quantize(
     captured = export_energy(subject.energy_model, subject.example)
     stages = prepare(captured)
     prepared = stages["tag_irreps"]
-    config.check_patterns([str(n.args[-1]) for n in prepared.graph.nodes if n.target is gaq.irreps_linear.default])
+    config.check_patterns(_names(prepared))
 
     trace = _Trace(prepared, subject, backends, strict, progress)
     fused = _build(trace, resolve("fp32"))
@@ -100,6 +101,13 @@ def quantize(
         **_measured(subject, built, fp32, config, measure),
     )
     return Potential({**stages, **built.graphs}, subject.form, config, report)
+
+
+def _names(prepared: GraphModule) -> list[str]:
+    """What override patterns can match: layers, and gathered features."""
+    layers = [str(n.args[-1]) for n in prepared.graph.nodes if n.target is gaq.irreps_linear.default]
+    sites = quantization_sites(prepared, resolve("w8a8"))
+    return list(dict.fromkeys([*layers, *(site.label for site in sites)]))
 
 
 def load(path: str | Path, *, backend: str = "tvm", target: str | None = None, strict: bool = False) -> Potential:

@@ -179,7 +179,6 @@ def test_bench(capsys, tmp_path, frames, so3lr_file) -> None:
     memory = found["memory"]
     assert 0 < memory["compiled_growth_bytes"] < memory["compiled_peak_bytes"]
     assert 0 < memory["eager_growth_bytes"] < memory["eager_peak_bytes"]
-    assert memory["kernels_were_cached"] is True
     assert "w4" in failure(capsys, "bench", so3lr_file, frames, "--scheme", "w4")
 
 
@@ -188,9 +187,9 @@ def test_quantize(capsys, tmp_path) -> None:
     pytest.importorskip("so3krates_torch")
     structures, out, report = tmp_path / "ethanol.xyz", tmp_path / "ethanol.gaq", tmp_path / "ethanol.json"
     write(structures, example_structures("ethanol")[:1])
-    argv = ("--scheme", "w4", "--strict", "--json", report)
+    argv = ("--scheme", "w8a8", "--strict", "--json", report)
     printed = success(capsys, "quantize", "so3lr", structures, "-o", out, *argv)
     assert f"wrote {out}" in printed.replace("\n", "")
     found = check_report(report, tuple(REPORT_KEYS))
-    assert (found["scheme"], found["atoms"], found["nodes"]["fallback"]) == ("w4", 9, [])
-    assert "so3lr · w4 · tvm" in success(capsys, "inspect", out)
+    assert (found["scheme"], found["atoms"], found["nodes"]["fallback"]) == ("w8a8", 9, [])
+    assert "so3lr · w8a8 · tvm" in success(capsys, "inspect", out)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from rich.progress import Progress
@@ -11,21 +12,63 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..config import QuantConfig, activation_scheme
 from ..errors import StructureError
+from ..ir.layout import lmax, simplified
 from ..ir.specs import linear_spec
+from ..ir.tags import irreps_of
 from ..numerics.observers import ObserverState, make_observer
 from .graph_tools import aten, calls, gaq, is_call
 
 
-def quantized_inputs(graph_module: GraphModule, config: QuantConfig) -> dict[Node, str]:
-    """The irreps-linear nodes whose input is to be quantized, with their activation schemes.
+@dataclass(frozen=True)
+class Site:
+    """An activation to be quantized.
 
-    A one-hot input is left alone: its zeros and ones select rows of the weights, exactly.
+    Attributes:
+        source: the node whose tensor is quantized.
+        consumers: the nodes that read it quantized, as their first argument.
+        irreps: its irreps, simplified.
+        scheme: how.
+        label: the layer (or, for gathered features, the source) that overrides name.
     """
-    found = {}
+
+    source: Node
+    consumers: tuple[Node, ...]
+    irreps: str
+    scheme: str
+    label: str
+
+
+def quantization_sites(graph_module: GraphModule, config: QuantConfig) -> list[Site]:
+    """Every activation that ``config`` quantizes, in graph order.
+
+    These are the inputs of irreps-linears, and equivariant features that are gathered from atoms
+    to edges. A one-hot input is left alone: its zeros and ones select rows of weights, exactly.
+    """
+    return [*_linear_inputs(graph_module, config), *_gathered_features(graph_module, config)]
+
+
+def _linear_inputs(graph_module: GraphModule, config: QuantConfig) -> list[Site]:
+    found = []
     for node in calls(graph_module, gaq.irreps_linear.default):
-        scheme = config.for_layer(str(node.args[-1])).activation
+        label = str(node.args[-1])
+        scheme = config.for_layer(label).activation
         if scheme is not None and not _is_one_hot(node.args[0]):
-            found[node] = scheme
+            irreps = simplified(linear_spec(str(node.args[3])).irreps_in)
+            found.append(Site(node.args[0], (node,), irreps, scheme, label))
+    return found
+
+
+def _gathered_features(graph_module: GraphModule, config: QuantConfig) -> list[Site]:
+    gathers: dict[Node, list[Node]] = {}
+    for node in calls(graph_module, aten.index.Tensor):
+        irreps = irreps_of(node.args[0])
+        if irreps is not None and lmax(irreps) > 0:
+            gathers.setdefault(node.args[0], []).append(node)
+    found = []
+    for source, consumers in gathers.items():
+        scheme = config.for_layer(f"gather.{source.name}").activation
+        if scheme is not None:
+            found.append(Site(source, tuple(consumers), str(irreps_of(source)), scheme, f"gather.{source.name}"))
     return found
 
 
@@ -44,42 +87,45 @@ def calibrate(
         progress: show a progress bar.
 
     Returns:
-        ``{label: (n_blocks,) float32 steps}``.
+        ``{site.label: (n_blocks,) float32 steps}``.
 
     Raises:
         StructureError: if calibration meets NaN or infinite activations.
     """
-    layers = quantized_inputs(graph_module, config)
+    sites = quantization_sites(graph_module, config)
     observer = make_observer(config.observer, config.headroom)
-    states = {node: observer.start() for node in layers}
-    if not layers:
+    states = {site.label: observer.start() for site in sites}
+    if not sites:
         return {}
     with Progress(disable=not progress, transient=True) as bar, torch.no_grad():
         task = bar.add_task("calibrating", total=len(batches))
         for batch in batches:
-            _Watcher(graph_module, layers, states).run(*batch)
+            _Watcher(graph_module, sites, states).run(*batch)
             bar.advance(task)
-    return {str(node.args[-1]): state.scale() for node, state in states.items()}
+    return {label: state.scale() for label, state in states.items()}
 
 
 class _Watcher(Interpreter):
-    """Runs the graph and shows each watched layer's input to its observer."""
+    """Runs the graph and shows each site's tensor to its observer."""
 
-    def __init__(self, module: GraphModule, layers: dict[Node, str], states: dict[Node, ObserverState]) -> None:
+    def __init__(self, module: GraphModule, sites: Sequence[Site], states: Mapping[str, ObserverState]) -> None:
         super().__init__(module)
-        self._layers, self._states = layers, states
+        self._states = states
+        self._by_source: dict[Node, list[Site]] = {}
+        for site in sites:
+            self._by_source.setdefault(site.source, []).append(site)
 
     def run_node(self, n: Node):  # type: ignore[no-untyped-def]
-        if n in self._layers:
-            x = self.env[n.args[0]]
-            if not bool(torch.isfinite(x).all()):
+        value = super().run_node(n)
+        for site in self._by_source.get(n, ()):
+            if not bool(torch.isfinite(value).all()):
                 raise StructureError(
-                    f"activations of {n.args[-1]} are not finite during calibration",
+                    f"activations of {site.label} are not finite during calibration",
                     fix="look at the calibration structures: atoms too close, or outside what the potential knows",
                 )
-            irreps = linear_spec(str(n.args[3])).irreps_in
-            self._states[n].observe(x, irreps, activation_scheme(self._layers[n]))
-        return super().run_node(n)
+            if value.numel():
+                self._states[site.label].observe(value, site.irreps, activation_scheme(site.scheme))
+        return value
 
 
 def _is_one_hot(node: object) -> bool:

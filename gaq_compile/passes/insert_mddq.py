@@ -20,31 +20,29 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..config import QuantConfig
-from ..ir.layout import simplified
 from ..ir.specs import linear_spec
 from ..numerics.packing import pack_int4
 from ..numerics.weights import quantize_weight
-from .calibrate import quantized_inputs
+from .calibrate import Site, quantization_sites
 from .graph_tools import add_buffer, attribute, calls, copied, finished, gaq
 
 
 def insert_mddq(graph_module: GraphModule, config: QuantConfig, steps: Mapping[str, Tensor]) -> GraphModule:
-    """Quantize every irreps-linear as ``config`` says.
+    """Quantize weights of irreps-linears and the activations of every site, as ``config`` says.
 
     Args:
         graph_module: the float energy graph.
         config: bits of weights and activations per layer.
-        steps: activation steps by layer label, from :func:`.calibrate.calibrate`.
+        steps: activation steps by site label, from :func:`.calibrate.calibrate`.
     """
     gm = copied(graph_module)
-    schemes = quantized_inputs(gm, config)
+    for site in quantization_sites(gm, config):
+        _quantize_activation(gm, site, steps[site.label])
     for node in calls(gm, gaq.irreps_linear.default):
         label = str(node.args[-1])
         bits = config.for_layer(label).weight_bits
         if bits is not None:
             _quantize_weight(gm, node, bits)
-        if node in schemes:
-            _quantize_input(gm, node, schemes[node], steps[label])
     return finished(gm)
 
 
@@ -63,12 +61,13 @@ def _quantize_weight(gm: GraphModule, node: Node, bits: int) -> None:
     node.update_arg(1, decoded)
 
 
-def _quantize_input(gm: GraphModule, node: Node, scheme: str, steps: Tensor) -> None:
-    label = str(node.args[-1])
-    irreps = simplified(linear_spec(str(node.args[3])).irreps_in)
-    name = add_buffer(gm, f"{label}_steps", steps)
-    with gm.graph.inserting_before(node):
+def _quantize_activation(gm: GraphModule, site: Site, steps: Tensor) -> None:
+    name = add_buffer(gm, f"{site.label}_steps", steps)
+    with gm.graph.inserting_after(site.source):
         scale = gm.graph.get_attr(name)
-        quantized = gm.graph.call_function(gaq.mddq.default, (node.args[0], scale, irreps, scheme, label))
-    quantized.meta["bits"] = scheme
-    node.update_arg(0, quantized)
+    arguments = (site.source, scale, site.irreps, site.scheme, site.label)
+    with gm.graph.inserting_after(scale):
+        quantized = gm.graph.call_function(gaq.mddq.default, arguments)
+    quantized.meta["bits"] = site.scheme
+    for consumer in site.consumers:
+        consumer.update_arg(0, quantized)

@@ -16,7 +16,7 @@ import gaq_compile
 from gaq_compile.capture import find_recipe
 from gaq_compile.capture.pretrained import load_model
 from gaq_compile.datasets import example_structures
-from gaq_compile.ir.printing import format_graph
+from gaq_compile.ir.printing import format_graph, label_of
 
 # One layer of each model, by its modules' names.
 LAYERS = {
@@ -59,12 +59,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def layer_code(graph: GraphModule, labels: tuple[str, ...], most: int = 8) -> str:
-    """The lines of a printed graph that came from a layer's modules (forward pass only)."""
-    lines = [line.strip() for line in format_graph(graph).splitlines()]
-    found = [line for line in lines if any(label in line.rpartition("  # ")[2] for label in labels)]
-    forward = [line for line in found if "backward" not in line and "transpose=True" not in line]
-    return "\n".join(" ".join(line.split()) for line in forward[:most])
+def layer_code(graph: GraphModule, modules: tuple[str, ...], most: int = 8) -> str:
+    """The lines of the printed graph that came from a layer's modules (forward pass only)."""
+    text = {line.split(" = ")[0].strip(): line for line in format_graph(graph).splitlines()}
+    found = []
+    for node in graph.graph.nodes:
+        line, label = text.get(node.name, ""), label_of(node) or str(node.meta.get("label", ""))
+        if "backward" in line or len(found) == most:
+            break
+        if line and any(module in label for module in modules):
+            found.append(" ".join(line.split()))
+    return "\n".join(found)
 
 
 def compare(original, compiled) -> None:

@@ -183,8 +183,7 @@ def bench(
     json_path: _Json = None,
 ) -> None:
     """Measure time and peak memory against the original model, in fresh processes."""
-    from .verify.bench import Settings, find_allocator
-    from .verify.bench import bench as measure
+    from .verify.bench import Settings, find_allocator, memory_figures, speed_figures
 
     _check_writable(json_path)
     settings = Settings(runs, warmup, preload=find_allocator(preload), threads=threads)
@@ -195,10 +194,11 @@ def bench(
         else:
             made = _compiled_for_bench(model, read, scheme, Path(folder))
         with _status("measuring in fresh processes"):
-            found = measure(made.original, made.file, structures, settings)
-    report = replace(made.report, speed=found.speed, memory={**made.report.memory, **found.memory})
+            speed = speed_figures(made.original, made.file, structures, settings)
+            memory = memory_figures(made.original, made.file, structures, settings)
+    report = replace(made.report, speed=speed, memory={**made.report.memory, **memory})
     _hand_over(report, json_path)
-    _print_bench(found.speed, found.memory)
+    _print_bench(speed, memory)
 
 
 @app.command()

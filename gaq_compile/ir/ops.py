@@ -113,10 +113,14 @@ def int_irreps_linear(
 ) -> Tensor:
     """``irreps_linear(mddq(x), decode_weight(codes))`` as one node, for integer kernels.
 
-    ``scheme`` is the activation scheme, or ``"f32"`` where activations stay float. This
+    ``scheme`` is the activation scheme, ``"f32"`` where activations stay float, or ``"g16"`` for
+    a gradient in 16-bit integers with a step per row (:mod:`..numerics.gradients`). This
     reference computes in float; kernels compute the same products in integers.
     """
     s = linear_spec(spec)
+    if scheme == "g16":
+        plain = packing.unpack_int4(codes, s.weight_numel) if bits == 4 else codes
+        return ref.gradient_linear(x, plain, weight_scale, spec)
     if scheme != "f32" and x_scale is not None:
         x = act.fake_quantize(x, x_scale, s.irreps_in, activation_scheme(scheme))
     plain = packing.unpack_int4(codes, s.weight_numel) if bits == 4 else codes

@@ -12,6 +12,7 @@ import torch
 from e3nn import o3
 from torch import Tensor
 
+from ..numerics.gradients import fake_quantize_gradient
 from . import activations, harmonics
 from .layout import Block, blocks, dim, permutation, simplified
 from .specs import gate_spec, linear_spec, tensor_product_spec
@@ -49,6 +50,18 @@ def irreps_linear(x: Tensor, weight: Tensor, bias: Tensor | None, spec: str, tra
             view(y, block).add_(bias[offset : offset + block.mul])
             offset += block.mul
     return y
+
+
+def gradient_linear(grad: Tensor, codes: Tensor, scale: Tensor, spec: str) -> Tensor:
+    """The adjoint map on a gradient in 16-bit integers: ``gx = s X C^T`` with ``s X ~ grad * scale``."""
+    s = linear_spec(spec)
+    out = grad.new_zeros(grad.shape[0], dim(s.irreps_in))
+    for path in s.paths:
+        span = slice(path.scale_offset, path.scale_offset + path.block_out.mul)
+        rows = fake_quantize_gradient(view(grad, path.block_out) * scale[span].to(grad.dtype))
+        matrix = codes[path.offset : path.offset + path.numel].reshape(path.block_in.mul, path.block_out.mul)
+        view(out, path.block_in).add_(rows @ matrix.t().to(grad.dtype))
+    return out
 
 
 @lru_cache(maxsize=512)

@@ -10,19 +10,24 @@ After::
 
     y = gaq.int_irreps_linear(x, steps, codes, scale, None, spec, 's8 m8d8', 8, False, 'layer')
 
-The backward product keeps its float gradient and reads the same integer weights.
+The backward product reads the same integer weights. Its gradient is rounded to 16-bit integers
+with a step per row (scheme "g16") where the layer's own activations are rounded with their
+directions; where directions are exact or activations float, the gradient stays float, so that
+those schemes stay exactly equivariant, and conservative.
 """
 
 from __future__ import annotations
 
 from torch.fx import GraphModule
 
+from ..config import activation_scheme
 from .graph_tools import calls, copied, finished, gaq, is_call
 
 
 def fold_integers(graph_module: GraphModule) -> GraphModule:
     """Fold every irreps-linear with integer weights; see the module's text."""
     gm = copied(graph_module)
+    rounded = _layers_with_rounded_vectors(gm)
     for node in calls(gm, gaq.irreps_linear.default):
         x, weight, bias, spec, transpose, label = node.args
         if not is_call(weight, gaq.decode_weight.default):
@@ -31,6 +36,8 @@ def fold_integers(graph_module: GraphModule) -> GraphModule:
         steps, scheme = None, "f32"
         if is_call(x, gaq.mddq.default) and not transpose:
             x, steps, _, scheme, _ = x.args  # type: ignore[union-attr]
+        elif transpose and label in rounded:
+            scheme = "g16"
         arguments = (x, steps, codes, scale, bias, spec, scheme, bits, transpose, label)
         with gm.graph.inserting_before(node):
             folded = gm.graph.call_function(gaq.int_irreps_linear.default, arguments)
@@ -38,3 +45,9 @@ def fold_integers(graph_module: GraphModule) -> GraphModule:
         folded.meta["bits"] = f"{scheme} · s{bits}"
         node.replace_all_uses_with(folded)
     return finished(gm)
+
+
+def _layers_with_rounded_vectors(gm: GraphModule) -> set[object]:
+    """Labels of layers whose activation scheme rounds directions or components."""
+    nodes = calls(gm, gaq.mddq.default)
+    return {n.args[-1] for n in nodes if activation_scheme(str(n.args[3])).vector != "exact"}

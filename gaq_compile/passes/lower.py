@@ -140,6 +140,13 @@ def _replace(gm: GraphModule, node: Node, backend: Backend, answer: Lowered, rea
 
 
 def _add_module(gm: GraphModule, node: Node, backend: Backend, answer: Lowered, text: str) -> str:
-    clean = "".join(c if c.isalnum() else "_" for c in f"{backend.name}_{_label(node)}_{node.name}")
-    gm.add_module(clean, KernelCall(answer.run, text))
-    return clean
+    """Register the kernel under its label's name; the gradient's kernel ends in ``_grad``."""
+    operator = str(node.target)
+    gradient = "backward" in operator or ("irreps_linear" in operator and node.args[-2] is True)
+    label = f"{_label(node)}.quantize" if "mddq" in operator else _label(node)
+    clean = "".join(c if c.isalnum() else "_" for c in f"{backend.name}_{label}{'_grad' if gradient else ''}")
+    free, count = clean, 1
+    while hasattr(gm, free):
+        free, count = f"{clean}_{count}", count + 1
+    gm.add_module(free, KernelCall(answer.run, text))
+    return free

@@ -11,7 +11,9 @@ Memory is given twice: the peak of the whole process, and its growth over the st
 free large tensors all the time; under the system's allocator they spend most of their time in page
 faults, so a caching allocator is preloaded, for both sides, where one is found.
 
-``python -m gaq_compile.verify.bench CHILD ...`` is a child; :func:`bench` starts them.
+``python -m gaq_compile.verify.bench CHILD ...`` is a child; :func:`speed_figures` and
+:func:`memory_figures` start them. A file whose kernels are not in the cache compiles them in the
+measured process: time first, then memory.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from ctypes.util import find_library
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,14 +72,6 @@ class Settings:
     timeout: float = 1800.0
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What was measured; ``speed`` and ``memory`` have the report's keys (see :class:`.report.Report`)."""
-
-    speed: dict[str, Any]
-    memory: dict[str, Any]
-
-
 def find_allocator(choice: str | None = None) -> str | None:
     """The caching allocator to preload.
 
@@ -100,8 +94,8 @@ def find_allocator(choice: str | None = None) -> str | None:
     return choice
 
 
-def bench(model: str, file: Path, structures: Path, settings: Settings) -> Bench:
-    """Measure the original ``model`` against ``file``, on the first of ``structures``.
+def speed_figures(model: str, file: Path, structures: Path, settings: Settings) -> dict[str, Any]:
+    """The report's ``speed``: original ``model`` and ``file`` on the first of ``structures``.
 
     Args:
         model: a pretrained model's name, or a checkpoint.
@@ -112,15 +106,17 @@ def bench(model: str, file: Path, structures: Path, settings: Settings) -> Bench
     Raises:
         VerificationError: if a child fails, or the asked allocator is not in use.
     """
-    environment = _environment(settings)
-    common = ["--structures", str(structures)]
-    original, compiled = ["--model", model], ["--file", str(file)]
     timing = ["--runs", str(settings.runs), "--warmup", str(settings.warmup)]
-    calls = ["--calls", str(settings.calls)]
-    _, speed = _child(["time", *original, *compiled, *common, *timing], environment, settings)
-    eager_peak, eager = _child(["eager", *original, *common, *calls], environment, settings)
-    compiled_peak, ours = _child(["compiled", *compiled, *common, *calls], environment, settings)
-    memory = {
+    sides = ["--model", model, "--file", str(file), "--structures", str(structures)]
+    return _child(["time", *sides, *timing], settings)[1]
+
+
+def memory_figures(model: str, file: Path, structures: Path, settings: Settings) -> dict[str, Any]:
+    """The report's peaks; arguments and errors as :func:`speed_figures`."""
+    common = ["--structures", str(structures), "--calls", str(settings.calls)]
+    eager_peak, eager = _child(["eager", "--model", model, *common], settings)
+    compiled_peak, ours = _child(["compiled", "--file", str(file), *common], settings)
+    return {
         "eager_peak_bytes": eager_peak,
         "compiled_peak_bytes": compiled_peak,
         "eager_growth_bytes": eager["growth_bytes"],
@@ -132,7 +128,6 @@ def bench(model: str, file: Path, structures: Path, settings: Settings) -> Bench
         "kernels_were_cached": ours["kernels_were_cached"],
         "allocator": ours["allocator"],
     }
-    return Bench(speed, memory)
 
 
 def _environment(settings: Settings) -> dict[str, str]:
@@ -147,12 +142,10 @@ def _environment(settings: Settings) -> dict[str, str]:
     return found
 
 
-def _child(
-    arguments: Sequence[str], environment: Mapping[str, str], settings: Settings
-) -> tuple[int, dict[str, Any]]:
+def _child(arguments: Sequence[str], settings: Settings) -> tuple[int, dict[str, Any]]:
     """Peak bytes and the answer of one child."""
     argv = [sys.executable, "-m", "gaq_compile.verify.bench", *arguments]
-    done = measured_run(argv, env=environment, timeout=settings.timeout)
+    done = measured_run(argv, env=_environment(settings), timeout=settings.timeout)
     lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if not lines:
         raise VerificationError("the measured process gave no answer", where=" ".join(arguments))

@@ -124,12 +124,15 @@ def tune_tasks(tasks: Sequence[KernelTask], trials: int, console: Console) -> li
     with _workers() as workers, Progress(*columns, console=console, transient=True) as bar:
         total = bar.add_task("tuning", total=sum(granted), state="")
         for task, share in zip(tasks, granted, strict=False):
-            bar.update(total, description=_name(task.key), state="")
+            bar.update(total, description=title(task), state="")
             outcomes.append(
                 search(task.key, share, workers, lambda n, state: bar.update(total, advance=n, state=state))
             )
+    if not outcomes:
+        console.print("there are no kernels to tune")
+        return outcomes
     console.print(outcome_table(tasks, outcomes))
-    console.print(summary(outcomes))
+    console.print(summary(tasks, outcomes))
     return outcomes
 
 
@@ -178,7 +181,7 @@ def outcome_table(tasks: Sequence[KernelTask], outcomes: Sequence[Outcome]) -> T
     for task, o in zip(tasks, outcomes, strict=False):
         constants = ", ".join(f"{k}={_short(v)}" for k, v in o.schedule.items())
         table.add_row(
-            _name(task.key),
+            title(task),
             f"{task.share:.1%}",
             f"{o.default_seconds * 1e3:.3f} ms",
             f"{o.seconds * 1e3:.3f} ms",
@@ -189,32 +192,33 @@ def outcome_table(tasks: Sequence[KernelTask], outcomes: Sequence[Outcome]) -> T
     return table
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
+def summary(tasks: Sequence[KernelTask], outcomes: Sequence[Outcome]) -> str:
     """How many candidates were measured now, and how much was won."""
     fresh, failed = sum(o.fresh for o in outcomes), sum(o.failed for o in outcomes)
     known = sum(o.tried for o in outcomes) - fresh
-    changed = [o for o in outcomes if o.changed]
+    changed = [(t, o) for t, o in zip(tasks, outcomes, strict=False) if o.changed]
     lines = [f"{fresh} candidates measured, {known} known from the database, {failed} of them failed"]
     if not fresh:
         lines = [f"nothing was measured anew: all {known} candidates are in the database"]
     if changed:
-        best = max(changed, key=lambda o: o.speedup)
+        task, best = max(changed, key=lambda pair: pair[1].speedup)
         lines.append(
             f"{len(changed)} of {len(outcomes)} kernels are faster than their default,"
-            f" the best by {best.speedup:.2f}x ({_name(best.key)})"
+            f" the best by {best.speedup:.2f}x ({title(task)})"
         )
     elif outcomes:
         lines.append(f"{len(outcomes)} kernels: no candidate beats its default by more than noise")
     return "\n".join(lines)
 
 
-def _name(key: KernelKey) -> str:
-    problem = json.loads(key.problem)
-    spec = str(problem["spec"]).split(" | ")[0]
-    if key.family != "linear":
-        return f"{key.family} {spec} @{key.rows}"
-    kinds = f"{problem['activation']}·{problem['weight']}" + (" transposed" if problem["transpose"] else "")
-    return f"linear {spec} {kinds} @{key.rows}"
+def title(task: KernelTask) -> str:
+    """A kernel in one line: family, operands, rows, and the first module that uses it."""
+    problem = json.loads(task.key.problem)
+    kind = task.key.family
+    if kind == "linear":
+        kind += f" {problem['activation']}·{problem['weight']}" + ("ᵀ" if problem["transpose"] else "")
+    more = f" (+{task.uses - 1})" if task.uses > 1 else ""
+    return f"{kind} @{task.key.rows} {task.label}{more}"
 
 
 def _short(value: Any) -> str:

@@ -38,18 +38,23 @@ class Timing:
         seconds: the candidate's.
         default_seconds: the default's.
         wins: the share of pairs that the candidate won.
+        floor: the candidate's fastest timing over the default's fastest.
         error: why there is no result, else empty.
     """
 
     seconds: float = 0.0
     default_seconds: float = 0.0
     wins: float = 0.0
+    floor: float = 4.0
     error: str = ""
 
     @property
     def ratio(self) -> float:
-        """Candidate over default; a failed candidate counts as four times slower."""
-        return 4.0 if self.error else self.seconds / self.default_seconds
+        """Candidate over default, the larger of medians' and minima's ratio; 4 for a failed candidate.
+
+        On a machine that others use, a median can be disturbed on one side: a minimum rarely is.
+        """
+        return 4.0 if self.error else max(self.seconds / self.default_seconds, self.floor)
 
 
 class Workers:
@@ -149,7 +154,8 @@ def _compare(key: KernelKey, default: Built, other: Built, rounds: int) -> Timin
         if i == 2 and min(s for _, s in pairs) > _HOPELESS * min(f for f, _ in pairs):
             break
     wins = sum(s < f for f, s in pairs) / len(pairs)
-    return Timing(statistics.median(s for _, s in pairs), statistics.median(f for f, _ in pairs), wins)
+    floor = min(s for _, s in pairs) / min(f for f, _ in pairs)
+    return Timing(statistics.median(s for _, s in pairs), statistics.median(f for f, _ in pairs), wins, floor)
 
 
 def _seconds(call: Call, times: int) -> float:

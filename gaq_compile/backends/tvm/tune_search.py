@@ -199,13 +199,14 @@ def _time(
 def _facts(timing: Timing) -> Record:
     if timing.error:
         return {"error": timing.error}
-    return {"seconds": timing.seconds, "default_seconds": timing.default_seconds, "wins": timing.wins}
+    medians = {"seconds": timing.seconds, "default_seconds": timing.default_seconds}
+    return {**medians, "wins": timing.wins, "floor": timing.floor}
 
 
 def _timing(record: Record) -> Timing:
     if record.get("error"):
         return Timing(error=str(record["error"]))
-    return Timing(float(record["seconds"]), float(record["default_seconds"]), float(record["wins"]))
+    return Timing(**{name: float(record[name]) for name in ("seconds", "default_seconds", "wins", "floor")})
 
 
 def _decide(
@@ -222,7 +223,7 @@ def _decide(
         return _outcome(key, stored, tried, fresh)
     ranked = sorted((t for t in tried if not t.timing.error), key=lambda t: t.timing.ratio)
     finalists = [t.candidate for t in ranked[:FINALISTS] if t.timing.ratio < 1.0]
-    best, final = default, Timing(1.0, 1.0)
+    best, final = default, Timing(1.0, 1.0, floor=1.0)
     if finalists:
         libraries = workers().build([default, *finalists], key.target)
         for made, library in zip(finalists, libraries[1:], strict=True):
@@ -231,7 +232,7 @@ def _decide(
                 best, final = made, timing
     if best is default and ranked:
         usual = sorted(t.timing.default_seconds for t in ranked)[len(ranked) // 2]
-        final = Timing(usual, usual)
+        final = Timing(usual, usual, floor=1.0)
     record = key.record(
         "choice",
         threads(),

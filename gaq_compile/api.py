@@ -23,7 +23,7 @@ from .capture import find_recipe
 from .capture.base import EnergyModel, Original, RawPrediction
 from .capture.export import export_energy
 from .capture.generic import TensorModel
-from .capture.graphs import GraphFormat, Tensors, collate
+from .capture.graphs import CalibratedRange, GraphFormat, Tensors, calibrated_range, collate
 from .capture.pretrained import load_model
 from .config import DEFAULT_SCHEME, QuantConfig, is_conservative, resolve
 from .errors import NoEdgesError
@@ -100,7 +100,15 @@ def quantize(
         placements=built.placements,
         **_measured(subject, built, fp32, config, measure),
     )
-    return Potential({**stages, **built.graphs}, subject.form, config, report)
+    graphs = {**stages, **built.graphs}
+    return Potential(graphs, subject.form, config, report, _calibrated(subject, config))
+
+
+def _calibrated(subject: _Subject, config: QuantConfig) -> CalibratedRange | None:
+    """The range to warn outside of: only rounded activations saturate."""
+    if subject.form.positions is not None or is_conservative(config):
+        return None
+    return calibrated_range([subject.collate([atoms]) for atoms in subject.calibration])
 
 
 def _names(prepared: GraphModule) -> list[str]:
@@ -127,7 +135,8 @@ def load(path: str | Path, *, backend: str = "tvm", target: str | None = None, s
     content = read(Path(path))
     lowered, placements = lower(content.graph, _backends(backend, target), strict)
     report = replace(content.report, placements=placements)
-    return Potential({"fold_integers": content.graph, "lower": lowered}, content.form, content.config, report)
+    graphs = {"fold_integers": content.graph, "lower": lowered}
+    return Potential(graphs, content.form, content.config, report, content.calibrated)
 
 
 @dataclass(frozen=True)
@@ -215,7 +224,7 @@ def _structure_subject(name: str, model: nn.Module, structures: list[Atoms]) -> 
     form = energy_model.form
     _check_edges(structures, form)
     example = collate([structures[0], *_tracing_partner(structures)], form)
-    calibration = [*_rattled_too(structures), *_single_atoms(structures)]
+    calibration = _rattled_too(structures)
     return _Subject(
         name, energy_model, recipe.original(model), structures, lambda s: collate(s, form),
         [example[n] for n in form.inputs], calibration,
@@ -259,12 +268,6 @@ def _rattled_too(structures: Sequence[Atoms]) -> list[Atoms]:
     """The user's structures and rattled copies: more of the range than one geometry shows."""
     moved = [_moved(s, stdev, seed) for seed, stdev in enumerate((0.03, 0.06, 0.1)) for s in structures]
     return [*structures, *moved]
-
-
-def _single_atoms(structures: Sequence[Atoms]) -> list[Atoms]:
-    """A free atom of every element, so that dissociation stays inside the calibrated range."""
-    numbers = sorted({int(z) for atoms in structures for z in atoms.numbers})
-    return [Atoms(numbers=[z], positions=[[0.0, 0.0, 0.0]]) for z in numbers]
 
 
 def _moved(atoms: Atoms, stdev: float, seed: int) -> Atoms:

@@ -60,3 +60,7 @@ class FileFormatError(GaqError, ValueError):
 
 class MissingPackageError(GaqError, ImportError):
     """An optional package that this call needs is not installed."""
+
+
+class CalibrationWarning(UserWarning):
+    """A structure outside the range that rounded activations were calibrated on."""

@@ -16,7 +16,7 @@ import operator
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from .capture.graphs import GraphFormat
+from .capture.graphs import CalibratedRange, GraphFormat
 from .config import QuantConfig
 from .errors import ConfigError, FileFormatError
 from .ir import ops as _ops  # noqa: F401 - registers the gaq operators that graphs name
@@ -56,6 +56,7 @@ class Content:
     form: GraphFormat
     config: QuantConfig
     report: Report
+    calibrated: CalibratedRange | None
 
 
 def save(potential: Potential, path: Path) -> Path:
@@ -73,6 +74,7 @@ def save(potential: Potential, path: Path) -> Path:
         "form": potential.form.to_dict(),
         "config": json.loads(potential.config.to_json()),
         "report": potential.report.to_dict(),
+        "calibrated": asdict(potential.calibrated) if potential.calibrated else None,
         "checksum": _checksum(tensors),
     }
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as scratch:
@@ -106,7 +108,9 @@ def read(path: Path) -> Content:
             )
         graph = tag_irreps(_graph_from_json(header["nodes"], tensors))
         config = QuantConfig.from_json(json.dumps(header["config"]))
-        return Content(graph, GraphFormat.from_dict(header["form"]), config, Report.from_dict(header["report"]))
+        calibrated = CalibratedRange(**header["calibrated"]) if header["calibrated"] else None
+        form, report = GraphFormat.from_dict(header["form"]), Report.from_dict(header["report"])
+        return Content(graph, form, config, report, calibrated)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         if isinstance(error, FileFormatError):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from ase import Atoms
 from torch import Tensor
 from torch.fx import GraphModule
 
-from .capture.graphs import GraphFormat, Tensors, collate
+from .capture.graphs import CalibratedRange, GraphFormat, Tensors, collate
 from .config import QuantConfig
-from .errors import StructureError
+from .errors import CalibrationWarning, StructureError
 from .passes.derive_forces import outputs
 from .verify.report import Report
 from .verify.types import Prediction
@@ -29,6 +30,8 @@ class Potential:
         report: what runs where, and what was measured.
         config: what was quantized and how.
         form: how structures become the graph's tensors.
+        calibrated: the surroundings that activation steps were calibrated on; None where no
+            activation is rounded.
     """
 
     def __init__(
@@ -37,8 +40,10 @@ class Potential:
         form: GraphFormat,
         config: QuantConfig,
         report: Report,
+        calibrated: CalibratedRange | None = None,
     ) -> None:
         self.graphs, self.form, self.config, self.report = dict(graphs), form, config, report
+        self.calibrated = calibrated
         self._run = self.graphs["lower"]
 
     def __call__(self, structures: Atoms | Sequence[Atoms] | Tensors) -> Prediction | list[Prediction] | Tensors:
@@ -60,8 +65,20 @@ class Potential:
         return self.predict(list(structures))
 
     def predict(self, structures: Sequence[Atoms]) -> list[Prediction]:
-        """Predictions for a batch of structures, evaluated together."""
-        out = self.evaluate(collate(structures, self.form))
+        """Predictions for a batch of structures, evaluated together.
+
+        Warns with a :class:`CalibrationWarning` where rounded activations may have saturated.
+        """
+        tensors = collate(structures, self.form)
+        complaint = self.calibrated.complaint(tensors) if self.calibrated else None
+        if complaint:
+            warnings.warn(
+                f"outside the calibrated range: {complaint}; rounded activations may saturate, "
+                "so calibrate on structures like these or use a weights-only scheme",
+                CalibrationWarning,
+                stacklevel=3,
+            )
+        out = self.evaluate(tensors)
         predictions, start = [], 0
         for i, atoms in enumerate(structures):
             rows = slice(start, start + len(atoms))

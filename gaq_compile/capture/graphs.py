@@ -29,6 +29,36 @@ EDGE_VECTORS = {"edge_vec": ("receivers", "senders"), "edge_vec_lr": ("receivers
 
 
 @dataclass(frozen=True)
+class CalibratedRange:
+    """The surroundings of atoms that activation steps were calibrated on.
+
+    Rounded activations saturate outside the range they were calibrated for, which no kernel
+    notices; a structure whose atoms have fewer or more neighbours, or are closer, is a warning.
+    """
+
+    fewest: int
+    most: int
+    shortest: float
+
+    def complaint(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """What lies outside, in words, or None. Neighbour counts may leave the range by a fifth."""
+        here = calibrated_range([tensors])
+        if here.fewest < 0.8 * self.fewest or here.most > 1.2 * self.most:
+            return f"atoms with {here.fewest} to {here.most} neighbours, calibrated were {self.fewest} to {self.most}"
+        if here.shortest < 0.9 * self.shortest:
+            return f"a distance of {here.shortest:.2f} Å, the shortest calibrated was {self.shortest:.2f} Å"
+        return None
+
+
+def calibrated_range(batches: Sequence[Mapping[str, Tensor]]) -> CalibratedRange:
+    """Neighbour counts and the shortest distance (Å) over batches of tensors."""
+    counts = torch.cat([torch.bincount(t["receivers"], minlength=len(t["numbers"])) for t in batches])
+    lengths = [t["edge_vec"].norm(dim=1).min() for t in batches if len(t["edge_vec"])]
+    shortest = float(torch.stack(lengths).min()) if lengths else float("inf")
+    return CalibratedRange(int(counts.min()), int(counts.max()), shortest)
+
+
+@dataclass(frozen=True)
 class GraphFormat:
     """How structures become tensors for one potential.
 

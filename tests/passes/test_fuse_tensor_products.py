@@ -152,14 +152,14 @@ def _gather_of_columns(x, sh, w, senders, receivers):
 
 
 def _by_element(x, sh, w, senders, receivers):
-    message = _product(x, sh, w, senders)
     index = torch.arange(EDGES * OUT).reshape(EDGES, OUT) % ATOMS
+    message = _product(x, sh, w, senders)
     return _zeros(x).scatter_add(0, index, message)
 
 
 def _index_along_columns(x, sh, w, senders, receivers):
-    message = _product(x, sh, w, senders)
     index = (torch.arange(OUT) % ATOMS).expand(EDGES, OUT)
+    message = _product(x, sh, w, senders)
     return _zeros(x).scatter_add(0, index, message)
 
 

@@ -9,6 +9,7 @@ alternating medians is steady where single times are not.
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -77,6 +78,7 @@ class Workers:
             f_export=partial(_export, folder=self._folder.name),
         )
         self._pool = PopenPoolExecutor(max_workers=1, timeout=timeout)
+        self._built: dict[str, Path | str] = {}
 
     def __enter__(self) -> Workers:
         return self
@@ -86,17 +88,21 @@ class Workers:
         self._folder.cleanup()
 
     def build(self, candidates: Sequence[Candidate], target: str) -> list[Path | str]:
-        """A compiled library for each candidate, or what went wrong."""
+        """A compiled library for each candidate, or what went wrong; none is built twice."""
         tvm = import_tvm()
         from tvm.s_tir.meta_schedule.builder import BuilderInput
 
         described = tvm.target.Target("llvm")  # the text's own target travels with the text
+        names = [hashlib.sha256((target + c.source).encode()).hexdigest() for c in candidates]
+        new = {n: c for n, c in zip(names, candidates, strict=True) if n not in self._built}
         inputs = [
             BuilderInput(tvm.IRModule({}, attrs={"gaq_source": c.source, "gaq_target": target}), described)
-            for c in candidates
+            for c in new.values()
         ]
-        results = self._builder.build(inputs) if inputs else []
-        return [Path(str(r.artifact_path)) if r.error_msg is None else _short(r.error_msg) for r in results]
+        for name, made in zip(new, self._builder.build(inputs) if inputs else [], strict=True):
+            failed = made.error_msg is not None
+            self._built[name] = _short(made.error_msg) if failed else Path(str(made.artifact_path))
+        return [self._built[name] for name in names]
 
     def measure(self, key: KernelKey, default: Built, other: Built, rounds: int) -> Timing:
         """Time a candidate against the default, ``rounds`` times each, in the worker."""

@@ -206,7 +206,8 @@ def _facts(timing: Timing) -> Record:
 def _timing(record: Record) -> Timing:
     if record.get("error"):
         return Timing(error=str(record["error"]))
-    return Timing(**{name: float(record[name]) for name in ("seconds", "default_seconds", "wins", "floor")})
+    seconds, usual = float(record["seconds"]), float(record["default_seconds"])
+    return Timing(seconds, usual, float(record["wins"]), float(record["floor"]))
 
 
 def _decide(

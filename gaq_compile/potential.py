@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -106,7 +107,7 @@ class Potential:
         missing = [name for name in self.form.inputs if name not in tensors]
         if missing:
             raise StructureError(f"missing input tensors: {', '.join(missing)}", fix="see Potential.form.inputs")
-        with torch.no_grad():
+        with torch.no_grad(), _one_torch_thread(self.report.backend != "reference"):
             values = self._run(*(tensors[name] for name in self.form.inputs))
         return dict(zip(outputs(self.form), values, strict=True))
 
@@ -119,3 +120,21 @@ class Potential:
     def __repr__(self) -> str:
         r = self.report
         return f"Potential({r.model}, scheme={self.config.scheme!r}, backend={r.backend!r})"
+
+
+@contextmanager
+def _one_torch_thread(wanted: bool) -> Iterator[None]:
+    """Leave the cores to the kernels' thread pool while a lowered graph runs.
+
+    Two pools whose workers both spin while they wait slow each other down several times; the
+    operators that stay with torch are small.
+    """
+    threads = torch.get_num_threads()
+    if not wanted or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

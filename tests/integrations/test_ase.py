@@ -136,8 +136,8 @@ def test_so3lr_through_ase(so3lr_w8a8: Potential, so3lr_file) -> None:
     for potential in (so3lr_w8a8, so3lr_file, str(so3lr_file)):
         atoms.calc = GAQCalculator(potential)
         assert atoms.get_potential_energy() == wanted.energy
-        # gradients of gathers are summed in the order in which threads arrive
-        np.testing.assert_allclose(atoms.get_forces(), wanted.forces, atol=1e-4)
+        # gradients of gathers are summed in the order in which threads arrive, and rounded after
+        np.testing.assert_allclose(atoms.get_forces(), wanted.forces, atol=2e-3)
     atoms.numbers[0] = 119
     with pytest.raises(UnknownElementError):
         atoms.get_forces()

@@ -9,6 +9,7 @@ from gaq_compile.config import activation_scheme, preset, resolve
 from gaq_compile.errors import StructureError
 from gaq_compile.numerics.observers import make_observer
 from gaq_compile.passes.calibrate import calibrate
+from gaq_compile.passes.insert_mddq import insert_mddq
 
 gaq, aten = torch.ops.gaq, torch.ops.aten
 SPEC = "2x0e+2x1o -> 2x0e+2x1o"
@@ -73,13 +74,20 @@ def test_a_layer_used_twice_covers_both_uses(with_weights):
     assert (steps * torch.tensor([scheme.qmax(0), scheme.qmax(1)]) >= largest).all()
 
 
-def test_one_hot_input_is_left_alone(with_weights):
+def test_one_hot_input_stays_exact(with_weights):
+    """Zeros and ones select rows of the weights: rounding them must change nothing."""
+
     def function(self, x):
         rows = aten._to_copy.default(aten.one_hot.default(x, 8), dtype=torch.float32)
         return _linear(rows, self.w, "embedding", "8x0e -> 2x0e")
 
     graph = with_weights(function, w=torch.randn(16))
-    assert calibrate(graph, [[torch.tensor([1, 7])]], preset("w8a8")) == {}
+    numbers = torch.tensor([1, 7, 0])
+    both = [
+        insert_mddq(graph, config, calibrate(graph, [[numbers[:1]]], config))
+        for config in (preset("w8"), preset("w8a8"))
+    ]
+    assert torch.equal(both[0](numbers), both[1](numbers))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

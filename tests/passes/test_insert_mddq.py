@@ -37,7 +37,8 @@ def test_before_and_after(graph, listing, x):
     after = insert_mddq(graph, preset("w8a8"), STEPS)
     assert listing(after) == [
         "mddq_default = gaq.mddq(x, layer_a_steps, '3x0e+2x1o', 's8 m8d8')",
-        "decode_weight_default = gaq.decode_weight(layer_a_codes, layer_a_scale, 8, '3x0e+2x1o -> 2x0e+3x1o')",
+        "decode_weight_default = gaq.decode_weight(layer_a_codes, layer_a_scale, 8, "
+        "'3x0e+2x1o -> 2x0e+3x1o')",
         "irreps_linear_default = gaq.irreps_linear(mddq_default, decode_weight_default, b, "
         "'3x0e+2x1o -> 2x0e+3x1o')",
         "mddq_default_1 = gaq.mddq(irreps_linear_default, layer_b_steps, '2x0e+3x1o', 's8 m8d8')",
@@ -101,7 +102,7 @@ def test_other_readers_of_an_input_stay_in_float(with_weights, x):
 
 def test_weights_computed_at_run_time_stay(with_weights, x):
     def function(self, x):
-        w = aten.mul.Tensor(self.w, 2.0)
+        w = aten.mul.Tensor(aten.sum.dim_IntList(x, [0]), self.w)
         return gaq.irreps_linear.default(x, w, None, "9x0e -> 1x0e", False, "layer.a")
 
     graph = with_weights(function, w=torch.randn(9))

@@ -33,6 +33,8 @@ FORMAT = 1
 BUCKETS = (64, 512, 6048)
 """Rows (atoms, or edges) at which kernels are tuned: a small, a middle and a large structure."""
 
+_FIGURES = ("seconds", "default_seconds", "wins", "floor")
+
 Record = dict[str, Any]
 Schedule = TypeVar("Schedule")
 
@@ -193,6 +195,10 @@ def _read(path: Path, _modified: int, _size: int) -> dict[tuple[str, ...], list[
 def _checked(record: Record) -> None:
     if record["kind"] not in ("trial", "choice") or not isinstance(record["schedule"], dict):
         raise ValueError("not a line of this database")
+    if record["kind"] == "trial" and not record.get("error"):
+        for name in _FIGURES:
+            if not float(record[name]) >= 0.0:
+                raise ValueError(f"{name} is no time")
 
 
 def _identity(record: Record) -> tuple[str, ...]:

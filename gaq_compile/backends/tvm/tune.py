@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 GRANT = 16
 """Trials that a kernel gets before the next one in line gets some."""
 _SIZES = {"nodes": (512, 64), "edges": (6048, 512)}  # rows in a large and in a small structure
+_LABEL = 28  # characters of a module's name that a table shows
 _CONVOLUTIONS = {ops.conv.default: "conv", ops.conv_backward.default: "conv_backward"}
 
 
@@ -174,20 +175,21 @@ def kernel_tasks(potential: Potential, target: str | None = None) -> list[Kernel
 def outcome_table(tasks: Sequence[KernelTask], outcomes: Sequence[Outcome]) -> Table:
     """Default against tuned, one kernel a row."""
     table = Table(title="kernels, default against tuned", title_justify="left")
-    table.add_column("kernel", overflow="fold")
-    for name in ("share", "default", "tuned", "ratio", "tried (new)"):
-        table.add_column(name, justify="right")
-    table.add_column("schedule", overflow="fold")
+    table.add_column("kernel @rows, module", overflow="fold")
+    for name in ("share", "default\nms", "tuned\nms", "ratio", "tried\n(new)"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("changed", overflow="fold")
     for task, o in zip(tasks, outcomes, strict=False):
-        constants = ", ".join(f"{k}={_short(v)}" for k, v in o.schedule.items())
+        default = FAMILIES[task.key.family].default(task.key)
+        constants = [f"{k}={_short(v)}" for k, v in o.schedule.items() if default.get(k) != v]
         table.add_row(
             title(task),
             f"{task.share:.1%}",
-            f"{o.default_seconds * 1e3:.3f} ms",
-            f"{o.seconds * 1e3:.3f} ms",
+            f"{o.default_seconds * 1e3:.3f}",
+            f"{o.seconds * 1e3:.3f}",
             f"{o.speedup:.2f}x",
             f"{o.tried} ({o.fresh})",
-            constants if o.changed else "default",
+            "\n".join(constants) or "nothing",
         )
     return table
 
@@ -218,7 +220,8 @@ def title(task: KernelTask) -> str:
     if kind == "linear":
         kind += f" {problem['activation']}·{problem['weight']}" + ("ᵀ" if problem["transpose"] else "")
     more = f" (+{task.uses - 1})" if task.uses > 1 else ""
-    return f"{kind} @{task.key.rows} {task.label}{more}"
+    label = task.label if len(task.label) <= _LABEL else "…" + task.label[-_LABEL + 1 :]
+    return f"{kind} @{task.key.rows} {label}{more}"
 
 
 def _short(value: Any) -> str:

@@ -28,7 +28,7 @@ import gaq_compile
 from gaq_compile.capture import find_recipe
 from gaq_compile.capture.pretrained import load_model
 from gaq_compile.datasets import example_structures
-from gaq_compile.verify.bench import Settings, bench, find_allocator
+from gaq_compile.verify.bench import Settings, find_allocator, memory_figures, speed_figures
 from gaq_compile.verify.conservativity import conservativity
 from gaq_compile.verify.equivariance import equivariance
 from gaq_compile.verify.parity import parity
@@ -97,8 +97,13 @@ def speed(scheme: str, folder: Path, runs: int) -> dict[str, Any]:
     ase.io.write(structure, silicon())
     gaq_compile.quantize("sevennet-0", silicon(), scheme, measure=False, progress=False).save(file)
     settings = Settings(runs=runs, warmup=10, preload=find_allocator(), threads=2)
-    found = bench("sevennet-0", file, structure, settings)
-    return {"model": "sevennet-0", "scheme": scheme, **found.speed, **found.memory}
+    arguments = ("sevennet-0", file, structure, settings)
+    return {
+        "model": "sevennet-0",
+        "scheme": scheme,
+        **speed_figures(*arguments),
+        **memory_figures(*arguments),
+    }
 
 
 def reload_is_bitwise(folder: Path) -> bool:
@@ -112,7 +117,9 @@ def reload_is_bitwise(folder: Path) -> bool:
         "import sys, ase.io, gaq_compile\n"
         "print(gaq_compile.load(sys.argv[1])(ase.io.read(sys.argv[2])).energy.hex())"
     )
-    run = subprocess.run([sys.executable, "-c", code, file, structure], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, file, structure], capture_output=True, text=True, check=True
+    )
     return run.stdout.split()[-1] == here
 
 
@@ -129,16 +136,23 @@ def tables(result: dict[str, Any], console: Console) -> None:
         )  # fmt: skip
     console.print(table)
     for r in result["speed"]:
-        console.print(
-            f"Si 216, {r['scheme']}: {r['eager_ms']:.0f} -> {r['compiled_ms']:.1f} ms, {r['ratio']:.1f}x; peak of "
-            f"the process {r['eager_peak_bytes'] / 2**20:.0f} -> {r['compiled_peak_bytes'] / 2**20:.0f} MiB, growth "
-            f"over imports {r['eager_growth_bytes'] / 2**20:.0f} -> {r['compiled_growth_bytes'] / 2**20:.0f} MiB"
-        )
-    console.print(f"saved and loaded in a new process, bitwise the same energy: {result['reload_is_bitwise']}")
+        time = f"{r['eager_ms']:.0f} -> {r['compiled_ms']:.1f} ms, {r['ratio']:.1f}x"
+        peak, growth = (_mebibytes(r, kind) for kind in ("peak", "growth"))
+        console.print(f"Si 216, {r['scheme']}: {time}; peak of the process {peak}, growth over imports {growth}")
+    console.print(
+        f"saved and loaded in a new process, bitwise the same energy: {result['reload_is_bitwise']}"
+    )
+
+
+def _mebibytes(row: dict[str, Any], kind: str) -> str:
+    before, after = (row[f"{side}_{kind}_bytes"] / 2**20 for side in ("eager", "compiled"))
+    return f"{before:.0f} -> {after:.0f} MiB ({after / before:.2f})"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, default=Path("out/foundation.json"))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--models", nargs="+", default=["sevennet-0", "so3lr"])
@@ -146,9 +160,14 @@ def main() -> None:
     parser.add_argument("--skip-speed", action="store_true")
     options = parser.parse_args()
     console = Console()
-    result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "machine": platform.processor() or platform.machine()}
+    result: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": platform.processor() or platform.machine(),
+    }
     with tempfile.TemporaryDirectory() as folder:
-        result["speed"] = [] if options.skip_speed else [speed(s, Path(folder), options.runs) for s in ("fp32", "w8a8")]
+        result["speed"] = (
+            [] if options.skip_speed else [speed(s, Path(folder), options.runs) for s in ("fp32", "w8a8")]
+        )
         result["accuracy"] = [accuracy(m, s) for m in options.models for s in options.schemes]
         result["reload_is_bitwise"] = reload_is_bitwise(Path(folder))
     options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -23,9 +23,7 @@ def main() -> None:
     options = arguments()
     warnings.simplefilter("ignore")  # the model packages' own
     frames = example_structures("ethanol")[:2]
-    fast = gaq_compile.quantize(
-        options.model, frames, options.scheme, backend=options.backend, measure=False
-    )
+    fast = gaq_compile.quantize(options.model, frames, options.scheme, backend=options.backend, measure=False)
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{'stage':24} {'nodes':>6}  gaq operators")

@@ -1,6 +1,6 @@
 """A real potential on a real molecule: its graph before and after, its report, its forces.
 
-    python examples/quickstart.py [--model so3lr|sevennet-0] [--scheme w8]
+python examples/quickstart.py [--model so3lr|sevennet-0] [--scheme w8]
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fast.save(path)
     again = gaq_compile.load(path, backend=options.backend)(frames[9])
-    print(f"\nwrote {path} ({path.stat().st_size / 1024:.0f} KiB); "
-          f"loaded again, the energy differs by {again.energy - fast(frames[9]).energy} eV")
+    print(
+        f"\nwrote {path} ({path.stat().st_size / 1024:.0f} KiB); "
+        f"loaded again, the energy differs by {again.energy - fast(frames[9]).energy} eV"
+    )
 
 
 def arguments() -> argparse.Namespace:

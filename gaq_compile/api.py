@@ -118,7 +118,9 @@ def _names(prepared: GraphModule) -> list[str]:
     return list(dict.fromkeys([*layers, *(site.label for site in sites)]))
 
 
-def load(path: str | Path, *, backend: str = "tvm", target: str | None = None, strict: bool = False) -> Potential:
+def load(
+    path: str | Path, *, backend: str = "tvm", target: str | None = None, strict: bool = False
+) -> Potential:
     """Read a ``.gaq`` file; kernels come from the cache or are compiled again.
 
     Args:
@@ -234,7 +236,9 @@ def _structure_subject(name: str, model: nn.Module, structures: list[Atoms]) -> 
 def _build(trace: _Trace, config: QuantConfig) -> _Built:
     subject = trace.subject
     calibration = [subject.inputs([atoms]) for atoms in subject.calibration]
-    stages = quantize_graph(trace.prepared, config, subject.form, subject.example, calibration, trace.progress)
+    stages = quantize_graph(
+        trace.prepared, config, subject.form, subject.example, calibration, trace.progress
+    )
     lowered, placements = lower(stages["fold_integers"], trace.backends, trace.strict, trace.progress)
     graphs = {**stages, "lower": lowered}
     blank = _blank_report(subject, config, trace.backends[0])
@@ -295,7 +299,9 @@ def _blank_report(subject: _Subject, config: QuantConfig, backend: Backend) -> R
     )
 
 
-def _measured(subject: _Subject, built: _Built, fp32: Parity, config: QuantConfig, full: bool) -> dict[str, Any]:
+def _measured(
+    subject: _Subject, built: _Built, fp32: Parity, config: QuantConfig, full: bool
+) -> dict[str, Any]:
     """Every figure of the report; time and memory only if ``full``."""
     sides, tests = subject.sides(built), subject.tests
     found: dict[str, Any] = {

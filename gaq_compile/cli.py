@@ -38,6 +38,7 @@ REPORT_KEYS: Mapping[str, Sequence[str]] = {
     "memory": ("weights_fp32_bytes", "weights_bytes", "eager_peak_bytes", "compiled_peak_bytes"),
 }
 _FRAMES = 16
+_QUIET = 0.2  # spread of the ratio beyond which a timing is not to be trusted
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
 # What ASE's many readers raise on files that are not theirs, or damaged.
 _READ_ERRORS = (
@@ -70,9 +71,7 @@ _Original = Annotated[
     str | None,
     typer.Option(help="The model a file was made from, where it is no pretrained one.", show_default=False),
 ]
-_Output = Annotated[
-    Path, typer.Option("--output", "-o", help="The .gaq file to write.", show_default=False)
-]
+_Output = Annotated[Path, typer.Option("--output", "-o", help="The .gaq file to write.", show_default=False)]
 
 
 @app.command()
@@ -361,6 +360,12 @@ def _print_bench(speed: Mapping[str, Any], memory: Mapping[str, Any]) -> None:
         f"{memory['compiled_growth_bytes'] / mebi:.1f} MiB compiled",
         highlight=False,
     )
+    if speed["spread"] > _QUIET:
+        _stderr().print(
+            f"the machine was not quiet: the ratio's quartiles lie {100 * speed['spread']:.0f} % apart",
+            style="yellow",
+            highlight=False,
+        )
 
 
 def _check_writable(*paths: Path | None) -> None:

@@ -104,7 +104,9 @@ def read(path: Path) -> Content:
             )
         if header["checksum"] != _checksum(tensors):
             raise FileFormatError(
-                "the weights do not match their checksum", where=str(path), fix="the file is damaged: copy it again"
+                "the weights do not match their checksum",
+                where=str(path),
+                fix="the file is damaged: copy it again",
             )
         graph = tag_irreps(_graph_from_json(header["nodes"], tensors))
         config = QuantConfig.from_json(json.dumps(header["config"]))
@@ -116,7 +118,9 @@ def read(path: Path) -> Content:
             raise
         hint = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
         raise FileFormatError(
-            f"the file's content makes no sense: {hint}{error}", where=str(path), fix="the file is damaged or foreign"
+            f"the file's content makes no sense: {hint}{error}",
+            where=str(path),
+            fix="the file is damaged or foreign",
         ) from error
 
 
@@ -127,7 +131,9 @@ def _raw(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if MAGIC not in metadata:
-                raise FileFormatError("not a gaq_compile file", where=str(path), fix="pass a file made by Potential.save")
+                raise FileFormatError(
+                    "not a gaq_compile file", where=str(path), fix="pass a file made by Potential.save"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         header = json.loads(metadata[MAGIC])
     except (SafetensorError, json.JSONDecodeError, OSError, UnicodeDecodeError) as error:
@@ -135,7 +141,9 @@ def _raw(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"cannot be read: {error}", where=str(path), fix="the file is truncated, damaged or foreign"
         ) from error
     if not isinstance(header, dict):
-        raise FileFormatError("the header is no JSON object", where=str(path), fix="the file is damaged or foreign")
+        raise FileFormatError(
+            "the header is no JSON object", where=str(path), fix="the file is damaged or foreign"
+        )
     return header, tensors
 
 
@@ -194,7 +202,8 @@ def _to_json(value: Any) -> Any:
 
 
 def _graph_from_json(nodes: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> GraphModule:
-    graph, values = Graph(), {}
+    graph = Graph()
+    values: dict[str, Node] = {}
     root = torch.nn.Module()
     for name, tensor in tensors.items():
         root.register_buffer(name, tensor)

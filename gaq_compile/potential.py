@@ -47,7 +47,9 @@ class Potential:
         self.calibrated = calibrated
         self._run = self.graphs["lower"]
 
-    def __call__(self, structures: Atoms | Sequence[Atoms] | Tensors) -> Prediction | list[Prediction] | Tensors:
+    def __call__(
+        self, structures: Atoms | Sequence[Atoms] | Tensors
+    ) -> Prediction | list[Prediction] | Tensors:
         """Evaluate.
 
         Returns:
@@ -106,7 +108,9 @@ class Potential:
         """
         missing = [name for name in self.form.inputs if name not in tensors]
         if missing:
-            raise StructureError(f"missing input tensors: {', '.join(missing)}", fix="see Potential.form.inputs")
+            raise StructureError(
+                f"missing input tensors: {', '.join(missing)}", fix="see Potential.form.inputs"
+            )
         with torch.no_grad(), _one_torch_thread(self.report.backend != "reference"):
             values = self._run(*(tensors[name] for name in self.form.inputs))
         return dict(zip(outputs(self.form), values, strict=True))

@@ -78,9 +78,9 @@ def _explained(error: BaseException, family: str) -> CaptureError:
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "/torch/" not in f.filename and "gaq_compile" not in f.filename]
     where = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else "inside torch.export"
-    message = str(error).strip().splitlines()
+    first = (str(error).strip().splitlines() or [""])[0]
     return CaptureError(
-        f"torch.export cannot take this {family} model: {type(error).__name__}: {message[0] if message else ''}",
+        f"torch.export cannot take this {family} model: {type(error).__name__}: {first}",
         where=where,
         fix="rewrite that line without Python branches or loops on tensor values, or add a capture recipe",
     )

@@ -120,7 +120,9 @@ def _named(model: nn.Module, example: Any) -> Tensors:
         values = [example] if isinstance(example, Tensor) else list(example)
         names = [n for n in inspect.signature(model.forward).parameters if n not in ("args", "kwargs")]
         if len(values) > len(names):
-            raise StructureError(f"{len(values)} example tensors for a forward with {len(names)} named inputs")
+            raise StructureError(
+                f"{len(values)} example tensors for a forward with {len(names)} named inputs"
+            )
         named = dict(zip(names, values, strict=False))
     bad = [name for name, value in named.items() if not isinstance(value, Tensor)]
     if bad:
@@ -135,7 +137,8 @@ def _positions_name(tensors: Tensors) -> str:
     name = next((n for n in POSITION_NAMES if n in tensors), None)
     if name is None:
         raise StructureError(
-            f"no positions among the inputs {', '.join(tensors)}", fix=f"name them {' or '.join(POSITION_NAMES)}"
+            f"no positions among the inputs {', '.join(tensors)}",
+            fix=f"name them {' or '.join(POSITION_NAMES)}",
         )
     value = tensors[name]
     if value.dim() != 2 or value.shape[1] != 3 or not bool(torch.isfinite(value).all()):

@@ -44,7 +44,8 @@ class CalibratedRange:
         """What lies outside, in words, or None. Neighbour counts may leave the range by a fifth."""
         here = calibrated_range([tensors])
         if here.fewest < 0.8 * self.fewest or here.most > 1.2 * self.most:
-            return f"atoms with {here.fewest} to {here.most} neighbours, calibrated were {self.fewest} to {self.most}"
+            calibrated = f"calibrated were {self.fewest} to {self.most}"
+            return f"atoms with {here.fewest} to {here.most} neighbours, {calibrated}"
         if here.shortest < 0.9 * self.shortest:
             return f"a distance of {here.shortest:.2f} Å, the shortest calibrated was {self.shortest:.2f} Å"
         return None
@@ -159,18 +160,22 @@ def _tensor(array: np.ndarray) -> Tensor:
 def _edges(structures: Sequence[Atoms], ptr: np.ndarray, cutoff: float, suffix: str) -> dict[str, np.ndarray]:
     parts = [neighbours(atoms, cutoff) for atoms in structures]
     return {
-        f"receivers{suffix}": np.concatenate([i + start for (i, _, _), start in zip(parts, ptr, strict=False)]),
+        f"receivers{suffix}": np.concatenate(
+            [i + start for (i, _, _), start in zip(parts, ptr, strict=False)]
+        ),
         f"senders{suffix}": np.concatenate([j + start for (_, j, _), start in zip(parts, ptr, strict=False)]),
         f"edge_vec{suffix}": np.concatenate([v for _, _, v in parts]).reshape(-1, 3).astype(np.float32),
     }
 
 
 def _check_elements(atoms: Atoms, form: GraphFormat, index: int) -> None:
-    unknown = sorted(set(int(z) for z in atoms.numbers) - set(form.elements)) if form.elements else []
+    unknown = sorted({int(z) for z in atoms.numbers} - set(form.elements)) if form.elements else []
     if unknown:
         from ase.data import chemical_symbols
 
-        names = ", ".join(chemical_symbols[z] if 0 <= z < len(chemical_symbols) else f"Z={z}" for z in unknown)
+        names = ", ".join(
+            chemical_symbols[z] if 0 <= z < len(chemical_symbols) else f"Z={z}" for z in unknown
+        )
         raise UnknownElementError(
             f"the potential does not know {names}",
             where=f"structure {index} ({atoms.get_chemical_formula()})",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from e3nn import nn as enn
@@ -124,7 +125,10 @@ def convert_linear(module: o3.Linear, label: str) -> nn.Module | None:
     spec = LinearSpec(
         _entries(module.irreps_in),
         _entries(module.irreps_out),
-        tuple((_place(module.irreps_in, i.i_in), _place(module.irreps_out, i.i_out)) for i in weight_instructions),
+        tuple(
+            (_place(module.irreps_in, i.i_in), _place(module.irreps_out, i.i_out))
+            for i in weight_instructions
+        ),
     )
     bias = None
     if bias_instructions:
@@ -231,19 +235,19 @@ def convert_dense(module: nn.Linear, label: str) -> nn.Module | None:
     return IrrepsLinear(spec, module.weight.t().reshape(-1), module.bias, label)
 
 
-Converter = Callable[[nn.Module, str], nn.Module | None]
+Converter = Callable[[Any, str], nn.Module | None]
 
-CONVERTERS: dict[type[nn.Module], Converter] = {
+CONVERTERS: dict[type[Any], Converter] = {
     o3.Linear: convert_linear,
     o3.TensorProduct: convert_tensor_product,
     o3.SphericalHarmonics: convert_spherical_harmonics,
     enn.Gate: convert_gate,
     enn.FullyConnectedNet: convert_radial,
     nn.Linear: convert_dense,
-}  # type: ignore[dict-item]
+}
 
 
-def swap(model: nn.Module, converters: dict[type[nn.Module], Converter] | None = None) -> nn.Module:
+def swap(model: nn.Module, converters: dict[type[Any], Converter] | None = None) -> nn.Module:
     """A copy of ``model`` with every understood module replaced; the original is untouched."""
     model = copy.deepcopy(model).eval()
     table = CONVERTERS if converters is None else converters
@@ -252,7 +256,7 @@ def swap(model: nn.Module, converters: dict[type[nn.Module], Converter] | None =
 
 
 def _swap_children(
-    parent: nn.Module, table: dict[type[nn.Module], Converter], prefix: str, done: dict[int, nn.Module]
+    parent: nn.Module, table: dict[type[Any], Converter], prefix: str, done: dict[int, nn.Module]
 ) -> None:
     for name, child in list(parent.named_children()):
         label = f"{prefix}.{name}" if prefix else name

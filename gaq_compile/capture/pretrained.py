@@ -48,12 +48,15 @@ def load_model(name: str) -> nn.Module:
             return loader()
         except ImportError as error:
             raise MissingPackageError(
-                f"the model {name!r} comes with the package {package!r}: {error}", fix=f"pip install {package}"
+                f"the model {name!r} comes with the package {package!r}: {error}",
+                fix=f"pip install {package}",
             ) from error
     path = Path(name)
     if path.is_file():
         return _checkpoint(path)
-    raise ConfigError(f"no model named {name!r} and no such file", fix=f"use {', '.join(PRETRAINED)}, or a file")
+    raise ConfigError(
+        f"no model named {name!r} and no such file", fix=f"use {', '.join(PRETRAINED)}, or a file"
+    )
 
 
 def _checkpoint(path: Path) -> nn.Module:
@@ -65,8 +68,12 @@ def _checkpoint(path: Path) -> nn.Module:
             warnings.simplefilter("ignore")
             return SevenNetCalculator(str(path), device="cpu").model
     except ImportError as error:
-        raise MissingPackageError("SevenNet checkpoints need the package 'sevenn'", fix="pip install sevenn") from error
+        raise MissingPackageError(
+            "SevenNet checkpoints need the package 'sevenn'", fix="pip install sevenn"
+        ) from error
     except (RuntimeError, ValueError, KeyError, EOFError, OSError, TypeError) as error:
         raise FileFormatError(
-            f"not a SevenNet checkpoint: {error}", where=str(path), fix="pass a SevenNet checkpoint or a .gaq file"
+            f"not a SevenNet checkpoint: {error}",
+            where=str(path),
+            fix="pass a SevenNet checkpoint or a .gaq file",
         ) from error

@@ -40,7 +40,6 @@ class SevenNetRecipe:
         )
         return EnergyModel(module, form, "SevenNet", (True,))
 
-
     def original(self, model: nn.Module) -> SevenNetOriginal:
         """The model as its own package runs it."""
         return SevenNetOriginal(model)
@@ -54,7 +53,9 @@ class SevenNetOriginal:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._calculator = SevenNetCalculator(copy.deepcopy(model), file_type="model_instance", device="cpu")
+            self._calculator = SevenNetCalculator(
+                copy.deepcopy(model), file_type="model_instance", device="cpu"
+            )
 
     def prepare(self, atoms: Atoms) -> Any:
         """SevenNet's graph of a structure."""
@@ -94,7 +95,13 @@ class _SevenNetEnergy(nn.Module):
         rescale.shift = nn.Parameter(torch.zeros_like(rescale.shift), requires_grad=False)  # type: ignore[union-attr, arg-type]
 
     def forward(
-        self, numbers: Tensor, edge_vec: Tensor, receivers: Tensor, senders: Tensor, batch: Tensor, ptr: Tensor
+        self,
+        numbers: Tensor,
+        edge_vec: Tensor,
+        receivers: Tensor,
+        senders: Tensor,
+        batch: Tensor,
+        ptr: Tensor,
     ) -> Tensor:
         # batch and ptr are taken for the sake of one input format; atomic energies do not need them
         species = self.species_of[numbers]  # type: ignore[index]

@@ -31,7 +31,9 @@ class So3kratesRecipe:
 
     def matches(self, model: nn.Module) -> bool:
         """True for So3krates-type models of the ``so3krates_torch`` package."""
-        return type(model).__module__.startswith("so3krates_torch.modules") and hasattr(model, "euclidean_transformers")
+        return type(model).__module__.startswith("so3krates_torch.modules") and hasattr(
+            model, "euclidean_transformers"
+        )
 
     def energy_model(self, model: nn.Module) -> EnergyModel:
         """Atomic energies over edge vectors, with So3krates' blocks restated in gaq operators."""
@@ -43,15 +45,26 @@ class So3kratesRecipe:
             swapped.r_max_lr = cutoff_lr  # type: ignore[assignment]
             if getattr(swapped, "dispersion_energy_cutoff_lr_damping", None) is None:
                 swapped.dispersion_energy_cutoff_lr_damping = DISPERSION_DAMPING  # type: ignore[assignment]
-        names: tuple[str, ...] = ("numbers", "edge_vec", "receivers", "senders", "batch", "ptr", "charge", "spin")
+        names: tuple[str, ...] = (
+            "numbers",
+            "edge_vec",
+            "receivers",
+            "senders",
+            "batch",
+            "ptr",
+            "charge",
+            "spin",
+        )
         if long_range:
             names += ("edge_vec_lr", "receivers_lr", "senders_lr")
         num_elements = int(model.num_elements)  # type: ignore[arg-type]
         form = GraphFormat(
-            names, float(model.r_max), cutoff_lr, elements=tuple(range(1, num_elements + 1))  # type: ignore[arg-type]
+            names,
+            float(model.r_max),
+            cutoff_lr,
+            elements=tuple(range(1, num_elements + 1)),  # type: ignore[arg-type]
         )
         return EnergyModel(_So3kratesEnergy(swapped, num_elements), form, "So3krates", (False,))
-
 
     def original(self, model: nn.Module) -> So3kratesOriginal:
         """The model as its own package runs it."""
@@ -81,7 +94,9 @@ class So3kratesOriginal:
         plain = atoms.copy()
         plain.info["charge"] = float(atoms.info.get("charge", 0.0))
         plain.info["total_spin"] = float(atoms.info.get("spin", 0.0))
-        keys = KeySpecification(info_keys={"total_charge": "charge", "total_spin": "total_spin"}, arrays_keys={})
+        keys = KeySpecification(
+            info_keys={"total_charge": "charge", "total_spin": "total_spin"}, arrays_keys={}
+        )
         table = utils.AtomicNumberTable(list(range(1, int(self._model.num_elements) + 1)))  # type: ignore[arg-type]
         data = AtomicData.from_config(
             config_from_atoms(plain, key_specification=keys),
@@ -89,7 +104,9 @@ class So3kratesOriginal:
             cutoff=float(self._model.r_max),  # type: ignore[arg-type]
             cutoff_lr=self._cutoff_lr,
         )
-        loader = torch_geometric.dataloader.DataLoader(dataset=[data], batch_size=1, shuffle=False, drop_last=False)
+        loader = torch_geometric.dataloader.DataLoader(
+            dataset=[data], batch_size=1, shuffle=False, drop_last=False
+        )
         return next(iter(loader)), bool(atoms.pbc.all())
 
     def run(self, prepared: Any) -> Any:
@@ -230,7 +247,13 @@ class _Attention(nn.Module):
         return d_inv, d_ev
 
     def _alpha(
-        self, inv_features: Tensor, invariants: Tensor, rbf: Tensor, senders: Tensor, receivers: Tensor, kind: str
+        self,
+        inv_features: Tensor,
+        invariants: Tensor,
+        rbf: Tensor,
+        senders: Tensor,
+        receivers: Tensor,
+        kind: str,
     ) -> Tensor:
         """Attention coefficients (E, heads) of one branch."""
         heads = self.inv_heads if kind == "inv" else self.ev_heads
@@ -253,7 +276,10 @@ class _Interaction(nn.Module):
         degrees = [(int(n) - 1) // 2 for n in block.degree_repeats]  # type: ignore[union-attr]
         irreps = _irreps_of(degrees)
         instructions = tuple((i, 0, i, math.sqrt(2 * degree + 1)) for i, degree in enumerate(degrees))
-        self.spec, self.label = str(TensorProductSpec(irreps, "1x0e", irreps, instructions)), f"{label}.ev_scale"
+        self.spec, self.label = (
+            str(TensorProductSpec(irreps, "1x0e", irreps, instructions)),
+            f"{label}.ev_scale",
+        )
 
     def forward(self, inv_features: Tensor, ev_features: Tensor) -> tuple[Tensor, Tensor]:
         invariants = self.so3_conv_invariants(ev_features)

@@ -23,7 +23,7 @@ class Block:
     """One ``mul x l p`` entry of an irreps string, as a view into component-major storage."""
 
     mul: int
-    l: int  # noqa: E741 - the field's own name for the degree
+    l: int
     p: int
     base: int
     stride: int

@@ -182,9 +182,7 @@ def tensor_product_spec(text: str) -> TensorProductSpec:
         a, b, c = path.block_x, path.block_sh, path.block_out
         allowed = abs(a.l - b.l) <= c.l <= a.l + b.l and a.p * b.p == c.p
         if not (allowed and a.mul == c.mul and b.mul == 1):
-            raise IrrepsError(
-                f"no uvu path {a.mul}x{a.ir} * {b.mul}x{b.ir} -> {c.mul}x{c.ir}", where=text
-            )
+            raise IrrepsError(f"no uvu path {a.mul}x{a.ir} * {b.mul}x{b.ir} -> {c.mul}x{c.ir}", where=text)
     return spec
 
 

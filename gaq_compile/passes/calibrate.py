@@ -70,7 +70,9 @@ def _gathered_features(graph_module: GraphModule, config: QuantConfig) -> list[S
     for source, consumers in gathers.items():
         scheme = config.for_layer(f"gather.{source.name}").activation
         if scheme is not None:
-            found.append(Site(source, tuple(consumers), str(irreps_of(source)), scheme, f"gather.{source.name}"))
+            found.append(
+                Site(source, tuple(consumers), str(irreps_of(source)), scheme, f"gather.{source.name}")
+            )
     return found
 
 
@@ -112,7 +114,9 @@ def calibrate(
 class _Watcher(Interpreter):
     """Runs the graph and shows each site's tensor to its observer."""
 
-    def __init__(self, module: GraphModule, sites: Sequence[Site], states: Mapping[str, ObserverState]) -> None:
+    def __init__(
+        self, module: GraphModule, sites: Sequence[Site], states: Mapping[str, ObserverState]
+    ) -> None:
         super().__init__(module)
         self._states = states
         self._by_source: dict[Node, list[Site]] = {}
@@ -125,7 +129,7 @@ class _Watcher(Interpreter):
             if not bool(torch.isfinite(value).all()):
                 raise StructureError(
                     f"activations of {site.label} are not finite during calibration",
-                    fix="look at the calibration structures: atoms too close, or outside what the potential knows",
+                    fix="look at the structures: atoms too close, or outside what the potential knows",
                 )
             if value.numel():
                 self._states[site.label].observe(value, site.irreps, activation_scheme(site.scheme))

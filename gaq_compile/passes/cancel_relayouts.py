@@ -50,7 +50,11 @@ def _cancel_pairs(gm: GraphModule) -> bool:
     changed = False
     for node in calls(gm, gaq.relayout.default):
         source = node.args[0]
-        if is_call(source, gaq.relayout.default) and source.args[1] == node.args[1] and source.args[2] != node.args[2]:
+        if (
+            is_call(source, gaq.relayout.default)
+            and source.args[1] == node.args[1]
+            and source.args[2] != node.args[2]
+        ):
             node.replace_all_uses_with(source.args[0])
             changed = True
     return changed
@@ -73,11 +77,11 @@ def _can_pass(user: Node, node: Node) -> bool:
         return False
     rows = _ROWWISE[user.target]
     if user.target in (aten.div.Tensor, aten.mul.Tensor):
-        return user.args[0] is node and _is_scalar(user.args[1])
+        return bool(user.args[0] is node and _is_scalar(user.args[1]))
     if user.target is aten.index.Tensor:
-        return user.args[0] is node and len(user.args[1]) == 1
+        return bool(user.args[0] is node and len(user.args[1]) == 1)
     if user.target in (aten.scatter_reduce.two, aten.scatter_add.default, aten.index_add.default):
-        return user.args[1] == 0 and user.args[3] is node and is_call(user.args[0], *_ZEROS)
+        return bool(user.args[1] == 0 and user.args[3] is node and is_call(user.args[0], *_ZEROS))
     return all(
         is_call(user.args[i], gaq.relayout.default) and user.args[i].args[1:] == node.args[1:] for i in rows
     )

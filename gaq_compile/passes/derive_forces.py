@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 import torch.fx.experimental._config as fx_config
 from torch import Tensor
+from torch.func import functional_call, functionalize
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.func import functional_call, functionalize
 
 from ..capture.graphs import EDGE_VECTORS, GraphFormat
 from .graph_tools import finished

@@ -63,7 +63,10 @@ def _chains(gm: GraphModule) -> list[tuple[Node, Node, Node]]:
     found = []
     for mapping in matcher.subgraph_monomorphisms_iter():
         by_role = {role: node for node, role in mapping.items()}
-        if by_role["product"].args[0] is by_role["gather"] and by_role["scatter"].args[3] is by_role["product"]:
+        if (
+            by_role["product"].args[0] is by_role["gather"]
+            and by_role["scatter"].args[3] is by_role["product"]
+        ):
             found.append((by_role["gather"], by_role["product"], by_role["scatter"]))
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     return sorted(found, key=lambda chain: place[chain[1]])

@@ -40,7 +40,9 @@ def _same_shape(node: Node, source: object) -> bool:
     if not isinstance(source, Node) or "val" not in node.meta or "val" not in source.meta:
         return False
     a, b = node.meta["val"], source.meta["val"]
-    return len(a.shape) == len(b.shape) and all(str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True))
+    return len(a.shape) == len(b.shape) and all(
+        str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True)
+    )
 
 
 def _merge_equal(gm: GraphModule) -> None:

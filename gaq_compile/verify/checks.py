@@ -69,7 +69,9 @@ def accuracy_figures(sides: Sides, structures: Sequence[Atoms], fp32: Parity) ->
     }
 
 
-def equivariance_figures(evaluate: Evaluate, structures: Sequence[Atoms], rotations: int = 4) -> dict[str, float]:
+def equivariance_figures(
+    evaluate: Evaluate, structures: Sequence[Atoms], rotations: int = 4
+) -> dict[str, float]:
     """LEE over random rotations of the structures."""
     found = equivariance(evaluate, list(structures), rotations=rotations)
     return {
@@ -98,7 +100,9 @@ def conservativity_figures(evaluate: Evaluate, structures: Sequence[Atoms], clai
     }
 
 
-def speed_figures(original: Callable[[], Any], compiled: Callable[[], Any], runs: int, warmup: int) -> dict[str, Any]:
+def speed_figures(
+    original: Callable[[], Any], compiled: Callable[[], Any], runs: int, warmup: int
+) -> dict[str, Any]:
     """Both sides timed in alternation."""
     timing = alternate(original, compiled, runs=runs, warmup=warmup)
     return {

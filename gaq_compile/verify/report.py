@@ -140,7 +140,9 @@ def _rows(report: Report) -> list[tuple[str, str]]:
     m = report.memory
     if m.get("weights_bytes"):
         share = m["weights_bytes"] / m["weights_fp32_bytes"]
-        rows.append(("weights", f"{_bytes(m['weights_fp32_bytes'])} -> {_bytes(m['weights_bytes'])} ({share:.3f})"))
+        rows.append(
+            ("weights", f"{_bytes(m['weights_fp32_bytes'])} -> {_bytes(m['weights_bytes'])} ({share:.3f})")
+        )
     if m.get("eager_peak_bytes") is not None:
         rows.append(("peak memory", f"{_bytes(m['eager_peak_bytes'])} -> {_bytes(m['compiled_peak_bytes'])}"))
     return rows
@@ -158,7 +160,9 @@ def _accuracy_rows(report: Report) -> list[tuple[str, str]]:
         rows.append(("equivariance error (LEE), energy", f"{e['lee_energy_mev_per_atom']:.5f} meV/atom"))
     if report.conservativity:
         c = report.conservativity
-        kind = "forces are the energy's gradient" if c["scheme_is_conservative"] else "straight-through forces"
+        kind = (
+            "forces are the energy's gradient" if c["scheme_is_conservative"] else "straight-through forces"
+        )
         rows.append(("F = -dE/dx", f"{c['gradient_rel_error']:.1e} relative ({kind})"))
     return rows
 

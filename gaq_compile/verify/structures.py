@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_structure", "displaced", "random_rotations", "rattled", "rotated", "strained"]
 
+
 def rattled(atoms: Atoms, stdev: float, seed: int = 0) -> Atoms:
     """Gaussian displacements of every coordinate, standard deviation ``stdev`` Å."""
     return displaced(atoms, np.random.default_rng(seed).normal(scale=stdev, size=(len(atoms), 3)))

@@ -46,9 +46,7 @@ def tvm_version() -> str:
     try:
         return importlib.metadata.version("apache-tvm")
     except importlib.metadata.PackageNotFoundError:
-        raise MissingPackageError(
-            "TVM is not installed", fix="pip install 'gaq-compile[tvm]'"
-        ) from None
+        raise MissingPackageError("TVM is not installed", fix="pip install 'gaq-compile[tvm]'") from None
 
 
 @lru_cache(maxsize=1)

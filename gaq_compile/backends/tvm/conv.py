@@ -98,9 +98,7 @@ def conv_backward(spec: str, target: str) -> Backward:
         if sh.shape[0] == 0:
             return torch.zeros_like(x), torch.zeros_like(sh), torch.zeros_like(weight)
         grad_x, grad_sh, grad_weight = torch.empty_like(x), torch.empty_like(sh), torch.empty_like(weight)
-        kernel(sh.shape[0])(
-            grad, x, sh, weight, edges[1], edges[4], edges[5], grad_x, grad_sh, grad_weight
-        )
+        kernel(sh.shape[0])(grad, x, sh, weight, edges[1], edges[4], edges[5], grad_x, grad_sh, grad_weight)
         return grad_x, grad_sh, grad_weight
 
     return run
@@ -188,9 +186,7 @@ class _Sides:
     width: int
 
 
-def _per_node(
-    problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str], size: int
-) -> list[str]:
+def _per_node(problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str], size: int) -> list[str]:
     """The loops over nodes and chunks of ``size`` edges, around what is done with a chunk."""
     zero_lanes = block_lanes(sides.width, lanes)
     gather = [

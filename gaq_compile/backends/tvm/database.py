@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .build import cache_dir, tvm_version
+from .build import _load_runtime, cache_dir, tvm_version
 
 FORMAT = 1
 BUCKETS = (64, 512, 6048)
@@ -45,7 +45,8 @@ def bucket(rows: int) -> int:
 
 
 def threads() -> int:
-    """The threads of TVM's pool (``build`` gives it torch's number unless told otherwise)."""
+    """The threads of TVM's pool: torch's number when its runtime was loaded, unless told otherwise."""
+    _load_runtime()  # now, not under a caller who has set torch to one thread for a while
     return int(os.environ.get("TVM_NUM_THREADS") or torch.get_num_threads())
 
 

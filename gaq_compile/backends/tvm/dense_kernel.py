@@ -305,8 +305,10 @@ def _group(plan: DensePlan, p: Product, tiles: ColumnTiles, k: str, *, odd: bool
 
 def _nibble(name: str, half: int, n: int) -> str:
     """int8 codes from the low or the high halves of bytes, which hold code + 8."""
-    byte = f"T.shift_right({name}, T.broadcast(T.uint8(4), {n}))" if half else (
-        f"({name} & T.broadcast(T.uint8(15), {n}))"
+    byte = (
+        f"T.shift_right({name}, T.broadcast(T.uint8(4), {n}))"
+        if half
+        else (f"({name} & T.broadcast(T.uint8(15), {n}))")
     )
     return f'(T.reinterpret({byte}, dtype="int8x{n}") - T.broadcast(T.int8(8), {n}))'
 

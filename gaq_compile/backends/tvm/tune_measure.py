@@ -143,6 +143,7 @@ def _export(executable: Any, *, folder: str) -> str:
 
 def _compare(key: KernelKey, default: Built, other: Built, rounds: int) -> Timing:
     """Check a candidate's outputs against the default's, then time both in alternation."""
+    torch.set_num_threads(1)  # torch's own pool spins for a while after it has worked
     family = FAMILIES[key.family]
     first, second = (
         family.example(key, built.schedule, _load_library(Path(built.library))) for built in (default, other)

@@ -129,16 +129,17 @@ def tables(result: dict[str, Any], console: Console) -> None:
     for column in ("model", "scheme", "dE meV/atom", "dF meV/Å", "dF %", "LEE meV/Å", "F=-dE/dx", "weights"):
         table.add_column(column, justify="left" if column in ("model", "scheme") else "right")
     for r in result["accuracy"]:
+        error, gradient = f"{100 * r['force_rel']:.3f}", f"{r['gradient_rel_error']:.1e}"
+        figures = (r["energy_mev_per_atom"], r["force_mae_mev_per_a"], r["lee_force_mev_per_a"])
+        energy, force, lee = (f"{figure:.4f}" for figure in figures)
         table.add_row(
-            r["model"], r["scheme"], f"{r['energy_mev_per_atom']:.4f}", f"{r['force_mae_mev_per_a']:.4f}",
-            f"{100 * r['force_rel']:.3f}", f"{r['lee_force_mev_per_a']:.4f}", f"{r['gradient_rel_error']:.1e}",
-            f"{r['weights_share']:.3f}",
-        )  # fmt: skip
+            r["model"], r["scheme"], energy, force, error, lee, gradient, f"{r['weights_share']:.3f}"
+        )
     console.print(table)
     for r in result["speed"]:
         time = f"{r['eager_ms']:.0f} -> {r['compiled_ms']:.1f} ms, {r['ratio']:.1f}x"
         peak, growth = (_mebibytes(r, kind) for kind in ("peak", "growth"))
-        console.print(f"Si 216, {r['scheme']}: {time}; peak of the process {peak}, growth over imports {growth}")
+        console.print(f"Si 216, {r['scheme']}: {time}; process peak {peak}, growth over imports {growth}")
     console.print(
         f"saved and loaded in a new process, bitwise the same energy: {result['reload_is_bitwise']}"
     )

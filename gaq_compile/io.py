@@ -81,6 +81,9 @@ def save(potential: Potential, path: Path) -> Path:
         pass
     try:
         save_file(tensors, scratch.name, metadata={MAGIC: json.dumps(header)})
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(scratch.name, 0o666 & ~mask)  # temporary files are private, this one is the user's
         os.replace(scratch.name, path)
     finally:
         Path(scratch.name).unlink(missing_ok=True)

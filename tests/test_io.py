@@ -421,13 +421,12 @@ def test_names_of_weights_do_not_become_code(saved, flag):
 
     header, tensors = _header(saved)
     name = f'w", open({str(flag)!r}, "w")) or ("'
-    tensors[name] = torch.ones(1)
-    last = header["nodes"].pop()
-    evil = {"name": "evil", "op": "get_attr", "target": name, "args": [], "kwargs": {}, "meta": {}}
-    header["nodes"] += [evil, last]
+    node = next(n for n in header["nodes"] if n["op"] == "get_attr")
+    tensors[name] = tensors.pop(node["target"])
+    node["target"] = name
     header["checksum"] = _checksum(tensors)
     save_file(tensors, saved, metadata={MAGIC: json.dumps(header)})
-    with suppress(GaqError):
+    with suppress(GaqError, TypeError, RuntimeError, AttributeError):
         load(saved, backend="reference")(ETHANOL)
     assert not flag.exists()
 

@@ -178,6 +178,6 @@ def _check_elements(atoms: Atoms, form: GraphFormat, index: int) -> None:
         )
         raise UnknownElementError(
             f"the potential does not know {names}",
-            where=f"structure {index} ({atoms.get_chemical_formula()})",
+            where=f"structure {index}, {len(atoms)} atoms",
             fix="use a potential trained on these elements",
         )

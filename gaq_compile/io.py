@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import keyword
 import math
 import operator
 import os
@@ -75,8 +76,8 @@ def save(potential: Potential, path: Path) -> Path:
         "config": json.loads(potential.config.to_json()),
         "report": potential.report.to_dict(),
         "calibrated": asdict(potential.calibrated) if potential.calibrated else None,
-        "checksum": _checksum(tensors),
     }
+    header["checksum"] = _checksum(tensors, header)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as scratch:
         pass
     try:
@@ -105,9 +106,9 @@ def read(path: Path) -> Content:
                 where=str(path),
                 fix="write the file again with this version of gaq_compile",
             )
-        if header["checksum"] != _checksum(tensors):
+        if header["checksum"] != _checksum(tensors, header):
             raise FileFormatError(
-                "the weights do not match their checksum",
+                "the content does not match its checksum",
                 where=str(path),
                 fix="the file is damaged: copy it again",
             )
@@ -150,8 +151,10 @@ def _raw(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Over everything: a changed cutoff or coefficient is as wrong as a changed weight."""
+    rest = {key: value for key, value in header.items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
@@ -209,8 +212,9 @@ def _graph_from_json(nodes: list[dict[str, Any]], tensors: Mapping[str, Tensor])
     values: dict[str, Node] = {}
     root = torch.nn.Module()
     for name, tensor in tensors.items():
-        root.register_buffer(name, tensor)
+        root.register_buffer(_plain_name(name), tensor)
     for item in nodes:
+        _check_names(item)
         args = tuple(_from_json(a, values) for a in item["args"])
         kwargs = {k: _from_json(v, values) for k, v in item["kwargs"].items()}
         op, name, target = item["op"], item["name"], item["target"]
@@ -229,6 +233,18 @@ def _graph_from_json(nodes: list[dict[str, Any]], tensors: Mapping[str, Tensor])
     module = GraphModule(root, graph)
     module.graph.lint()
     return module
+
+
+def _check_names(item: Mapping[str, Any]) -> None:
+    """Names of nodes, inputs and keywords: torch.fx writes them into Python source."""
+    for name in (item["name"], *item["kwargs"], *([item["target"]] if item["op"] == "placeholder" else [])):
+        _plain_name(name)
+
+
+def _plain_name(name: Any) -> str:
+    if not (isinstance(name, str) and name.isidentifier() and name.isascii()) or keyword.iskeyword(name):
+        raise FileFormatError(f"{name!r} is no plain name")
+    return name
 
 
 def _resolve(target: str) -> Any:

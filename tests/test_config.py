@@ -6,11 +6,13 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gaq_compile import config as config_module
 from gaq_compile.config import (
     DEFAULT_SCHEME,
     OBSERVERS,
@@ -196,5 +198,14 @@ def test_configurations_are_frozen_and_hashable() -> None:
 
 
 def test_reading_a_configuration_needs_no_torch() -> None:
-    code = "import sys, gaq_compile.config; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    """``config`` alone, without the package's ``__init__``, which does import torch."""
+    code = (
+        "import sys, types, importlib, pathlib\n"
+        "package = types.ModuleType('gaq_compile')\n"
+        "package.__path__ = [sys.argv[1]]\n"
+        "sys.modules['gaq_compile'] = package\n"
+        "importlib.import_module('gaq_compile.config')\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    folder = str(Path(config_module.__file__).parent)
+    assert subprocess.run([sys.executable, "-c", code, folder], check=False).returncode == 0

@@ -47,11 +47,24 @@ def export_energy(model: EnergyModel, inputs: Sequence[Tensor]) -> GraphModule:
                 warnings.simplefilter("ignore")
                 program = torch.export.export(module, tuple(inputs), dynamic_shapes=shapes, strict=strict)
                 program = program.run_decompositions({})
-                return _plain(program.module(check_guards=False))
+                return _checked(_plain(program.module(check_guards=False)), model)
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
             failure = error
     reason = failure or RuntimeError("no export mode was given")
     raise _explained(reason, model.family) from failure
+
+
+def _checked(graph_module: GraphModule, model: EnergyModel) -> GraphModule:
+    """Refuse a graph in which export has fixed the number of atoms of a model of its own tensors."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for name, node in zip(model.form.inputs, placeholders, strict=True):
+        if name == model.form.positions and isinstance(node.meta["val"].shape[0], int):
+            raise CaptureError(
+                f"export fixed the number of atoms of this {model.family} model at {node.meta['val'].shape[0]}",
+                where=f"its input {name!r}",
+                fix="use sizes (x.shape[0]) in tensor operations, not in Python loops or numbers",
+            )
+    return graph_module
 
 
 def _plain(exported: nn.Module) -> GraphModule:

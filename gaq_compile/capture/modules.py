@@ -11,6 +11,7 @@ runs ``forward`` symbolically, and there ``str(Irreps)`` silently becomes an emp
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -154,7 +155,7 @@ def convert_tensor_product(module: o3.TensorProduct, label: str) -> nn.Module | 
         return None
     if any(i.connection_mode != "uvu" or not i.has_weight for i in module.instructions):
         return None
-    if any(mul != 1 for mul, _ in module.irreps_in2):
+    if not _single_and_distinct(module.irreps_in2):
         return None
     if any(mul == 0 for irreps in (module.irreps_in1, module.irreps_out) for mul, _ in irreps):
         return None
@@ -165,10 +166,16 @@ def convert_tensor_product(module: o3.TensorProduct, label: str) -> nn.Module | 
     return TensorProduct(spec, label)
 
 
+def _single_and_distinct(irreps: o3.Irreps) -> bool:
+    """Multiplicity 1 throughout and no equal neighbours, which the layout would merge."""
+    equal = any(a.ir == b.ir for a, b in itertools.pairwise(irreps))
+    return not equal and all(mul == 1 for mul, _ in irreps)
+
+
 def convert_spherical_harmonics(module: o3.SphericalHarmonics, label: str) -> nn.Module | None:
     """Spherical harmonics of each degree once."""
     irreps = module.irreps_out
-    if any(mul != 1 for mul, _ in irreps):
+    if not _single_and_distinct(irreps):
         return None
     return SphericalHarmonics(_entries(irreps), module.normalize, module.normalization, label)
 
@@ -255,6 +262,11 @@ def swap(model: nn.Module, converters: dict[type[Any], Converter] | None = None)
     return model
 
 
+def _is_customised(module: nn.Module) -> bool:
+    """Whether its forward is not the class's alone: hooks, or a forward of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def _swap_children(
     parent: nn.Module, table: dict[type[Any], Converter], prefix: str, done: dict[int, nn.Module]
 ) -> None:
@@ -262,7 +274,7 @@ def _swap_children(
         label = f"{prefix}.{name}" if prefix else name
         converter = table.get(type(child))
         replacement = done.get(id(child))
-        if replacement is None and converter is not None:
+        if replacement is None and converter is not None and not _is_customised(child):
             replacement = converter(child, label)
         if replacement is None:
             _swap_children(child, table, label, done)

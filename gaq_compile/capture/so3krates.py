@@ -198,7 +198,7 @@ def _trained_elements(model: nn.Module, num_elements: int) -> tuple[int, ...]:
 
     SO3LR has rows for 118 elements but was trained on eight; the others' are random numbers.
     """
-    scales = model.atomic_energy_output_block.energy_scales.weight.reshape(-1)  # type: ignore[union-attr]
+    scales = model.atomic_energy_output_block.energy_scales.weight.detach().reshape(-1)  # type: ignore[union-attr]
     trained = tuple(z for z in range(1, num_elements + 1) if float(scales[z - 1]) != 1.0)
     return trained or tuple(range(1, num_elements + 1))
 

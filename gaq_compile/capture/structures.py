@@ -7,6 +7,7 @@ from ase import Atoms
 
 from ..errors import StructureError
 
+WIDEST = 1e5  # Å; beyond, neighbour lists overflow
 COINCIDENT = 0.1  # Å; below this no potential was ever trained
 SINGULAR = 1e-6  # smallest singular value of the normalised periodic cell vectors
 
@@ -38,6 +39,12 @@ def check_structure(atoms: Atoms) -> None:
             f"positions that are NaN or infinite: {named}",
             where=where,
             fix="look where the structure was made: an exploded trajectory or a damaged file",
+        )
+    if float(np.ptp(positions, axis=0).max()) > WIDEST:
+        raise StructureError(
+            f"atoms up to {np.ptp(positions, axis=0).max():.3g} Å apart",
+            where=where,
+            fix="look where the structure was made: an exploded trajectory or wrong units",
         )
     _check_cell(atoms)
     _check_distances(atoms)

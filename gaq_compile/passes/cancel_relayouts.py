@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from ..ir.layout import permutation
-from .graph_tools import aten, calls, copied, finished, gaq, is_call
+from .graph_tools import aten, calls, copied, finished, gaq, is_call, rows_index
 
 # Operators that treat every element of a row alike, so that reordering a row commutes with them;
 # the value is the positions of the arguments that carry rows.
@@ -81,7 +81,8 @@ def _can_pass(user: Node, node: Node) -> bool:
     if user.target is aten.index.Tensor:
         return bool(user.args[0] is node and len(user.args[1]) == 1)
     if user.target in (aten.scatter_reduce.two, aten.scatter_add.default, aten.index_add.default):
-        return bool(user.args[1] == 0 and user.args[3] is node and is_call(user.args[0], *_ZEROS))
+        whole_rows = user.args[1] == 0 and user.args[3] is node and is_call(user.args[0], *_ZEROS)
+        return bool(whole_rows and rows_index(user) is not None)
     return all(
         is_call(user.args[i], gaq.relayout.default) and user.args[i].args[1:] == node.args[1:] for i in rows
     )
@@ -93,7 +94,8 @@ _ZEROS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
 def _is_scalar(value: object) -> bool:
     if isinstance(value, int | float):
         return True
-    shape = value.meta["val"].shape if isinstance(value, Node) and "val" in value.meta else None
+    found = value.meta.get("val") if isinstance(value, Node) else None
+    shape = getattr(found, "shape", None)
     return shape is not None and all(size == 1 for size in shape)
 
 

@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..capture.graphs import EDGE_VECTORS, GraphFormat
-from .graph_tools import finished
+from .graph_tools import add_buffer, finished
 
 
 def outputs(form: GraphFormat) -> tuple[str, ...]:
@@ -101,9 +101,7 @@ def _with_attributes(
         values[node].meta["val"] = node.meta.get("val")
     for node, key in zip(placeholders, keys, strict=False):
         if node.users:
-            attribute = key.replace(".", "_")
-            attribute = f"_{attribute}" if attribute[0].isdigit() else attribute
-            root.register_buffer(attribute, state[key])
+            attribute = add_buffer(root, key, state[key])
             values[node] = graph.get_attr(attribute)
             values[node].meta["val"] = node.meta.get("val")
     for node in traced.graph.nodes:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import networkx as nx
 from torch.fx import GraphModule, Node
 
-from .graph_tools import aten, copied, finished, gaq, is_call
+from .graph_tools import aten, copied, finished, gaq, is_call, rows_index
 
 _GATHERS = (aten.index.Tensor, aten.index_select.default)
 _SCATTERS = (aten.scatter_reduce.two, aten.scatter_add.default, aten.index_add.default)
@@ -29,13 +29,13 @@ def fuse_tensor_products(graph_module: GraphModule) -> GraphModule:
     gm = copied(graph_module)
     sorted_edges: dict[object, Node] = {}
     for gather, product, scatter in _chains(gm):
-        senders, receivers = _gather_index(gather), _scatter_index(scatter)
+        senders, receivers = _gather_index(gather), _scatter_index(gather, scatter)
         if senders is None or receivers is None or len(product.users) != 1:
             continue
         _, sh, weight, spec, label = product.args
         key = (senders, receivers, str(gather.args[0].meta["val"].shape[0]))
         if key not in sorted_edges:
-            sorted_edges[key] = _sort_edges(gm, gather, senders, receivers)
+            sorted_edges[key] = _sort_edges(gm, gather, scatter, senders, receivers)
         edges = sorted_edges[key]
         with gm.graph.inserting_before(scatter):
             fused = gm.graph.call_function(gaq.conv.default, (gather.args[0], sh, weight, edges, spec, label))
@@ -44,15 +44,15 @@ def fuse_tensor_products(graph_module: GraphModule) -> GraphModule:
     return finished(gm)
 
 
-def _sort_edges(gm: GraphModule, gather: Node, senders: Node, receivers: Node) -> Node:
+def _sort_edges(gm: GraphModule, gather: Node, scatter: Node, senders: Node, receivers: Node) -> Node:
     """The adjacency order that the convolutions of one graph share."""
-    with gm.graph.inserting_before(gather):
+    with gm.graph.inserting_before(scatter):
         count = gm.graph.call_function(aten.sym_size.int, (gather.args[0], 0))
         return gm.graph.call_function(gaq.sort_edges.default, (senders, receivers, count))
 
 
 def _chains(gm: GraphModule) -> list[tuple[Node, Node, Node]]:
-    """All (gather, tensor product, scatter) chains, in graph order of the product."""
+    """All (gather, tensor product, scatter) chains, in graph order of the scatter."""
     flow = nx.DiGraph()
     for node in gm.graph.nodes:
         flow.add_node(node, kind=_kind(node))
@@ -69,7 +69,7 @@ def _chains(gm: GraphModule) -> list[tuple[Node, Node, Node]]:
         ):
             found.append((by_role["gather"], by_role["product"], by_role["scatter"]))
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
-    return sorted(found, key=lambda chain: place[chain[1]])
+    return sorted(found, key=lambda chain: place[chain[2]])
 
 
 def _kind(node: Node) -> str:
@@ -87,15 +87,15 @@ def _gather_index(gather: Node) -> Node | None:
     return indices[0] if len(indices) == 1 else None  # type: ignore[arg-type, index, return-value]
 
 
-def _scatter_index(scatter: Node) -> Node | None:
-    """The one-dimensional index of a row scatter into zeros, or None."""
-    base, axis, index, *_ = scatter.args
+def _scatter_index(gather: Node, scatter: Node) -> Node | None:
+    """The index of a sum of rows into as many zeros as there are atoms, or None."""
+    base, axis = scatter.args[:2]
     zeros = is_call(base, aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
     reduces = scatter.target is not aten.scatter_reduce.two or scatter.args[4] == "sum"
-    if axis != 0 or not zeros or not reduces:
+    if axis != 0 or not zeros or not reduces or _rows(base) != _rows(gather.args[0]):
         return None
-    while is_call(index, aten.expand.default, aten.unsqueeze.default):
-        if is_call(index, aten.unsqueeze.default) and index.args[1] not in (1, -1):
-            return None
-        index = index.args[0]
-    return index if isinstance(index, Node) else None
+    return rows_index(scatter)
+
+
+def _rows(node: object) -> str:
+    return str(node.meta["val"].shape[0]) if isinstance(node, Node) else ""

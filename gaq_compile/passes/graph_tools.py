@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
@@ -45,6 +45,26 @@ def is_call(node: object, *targets: object) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
+def rows_index(scatter: Node) -> Node | None:
+    """The one-dimensional index by which a scatter adds whole rows, or None if it does not.
+
+    ``index_add(zeros, 0, index, rows)``, or ``scatter_*(zeros, 0, index, rows)`` whose index is a
+    column ``unsqueeze(index, 1)`` expanded over the row.
+    """
+    index = scatter.args[2]
+    if scatter.target is aten.index_add.default:
+        return index if isinstance(index, Node) and scatter.kwargs.get("alpha", 1) == 1 else None
+    if not is_call(index, aten.expand.default) or not is_call(index.args[0], aten.unsqueeze.default):
+        return None
+    index, axis = index.args[0].args
+    return index if axis in (1, -1) and _dimensions(index) == 1 else None
+
+
+def _dimensions(node: object) -> int | None:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value.dim() if isinstance(value, Tensor) else None
+
+
 def attribute(graph_module: GraphModule, node: Node) -> Tensor:
     """The tensor of a ``get_attr`` node."""
     value: object = graph_module
@@ -55,13 +75,13 @@ def attribute(graph_module: GraphModule, node: Node) -> Tensor:
     return value
 
 
-def add_buffer(graph_module: GraphModule, name: str, value: Tensor) -> str:
+def add_buffer(module: nn.Module, name: str, value: Tensor) -> str:
     """Register ``value`` under a free name made from ``name``; returns the attribute's name."""
     clean = "".join(c if c.isalnum() else "_" for c in name)
     if clean and clean[0].isdigit():
         clean = "_" + clean
     free, count = clean, 1
-    while hasattr(graph_module, free):
+    while hasattr(module, free):
         free, count = f"{clean}_{count}", count + 1
-    graph_module.register_buffer(free, value)
+    module.register_buffer(free, value)
     return free

@@ -30,7 +30,8 @@ def prepare(captured: GraphModule) -> dict[str, GraphModule]:
     graph = captured
     for apply in ENERGY_PASSES:
         graph = apply(graph)
-        stages[apply.__name__] = graph
+        name = apply.__name__
+        stages[name if name not in stages else f"{name}_fused"] = graph
     return stages
 
 
@@ -54,6 +55,6 @@ def quantize_graph(
     """
     steps: Mapping[str, Tensor] = calibrate(prepared, calibration, config, progress)
     quantized = tag_irreps(insert_mddq(prepared, config, steps))
-    forces = tag_irreps(simplify(derive_forces(quantized, form, example)))
+    forces = tag_irreps(simplify(derive_forces(quantized, form, example), differentiated=True))
     folded = tag_irreps(fold_integers(forces))
     return {"insert_mddq": quantized, "derive_forces": forces, "fold_integers": folded}

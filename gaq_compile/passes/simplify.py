@@ -7,16 +7,20 @@ from torch.fx import GraphModule, Node
 from .graph_tools import aten, calls, copied, finished, is_call
 
 
-def simplify(graph_module: GraphModule) -> GraphModule:
+def simplify(graph_module: GraphModule, *, differentiated: bool = False) -> GraphModule:
     """Peephole clean-up followed by common subexpression elimination.
 
     Before: ``edges = stack([receivers, senders]); s = select(edges, 0, 1); x[s] ... x[s]``
     After:  ``x[senders] ...`` with equal expressions computed once.
+
+    Args:
+        graph_module: any graph.
+        differentiated: whether forces have been derived; only then does ``detach`` mean nothing.
     """
     gm = copied(graph_module)
     for node in calls(gm, aten._assert_tensor_metadata.default):
         gm.graph.erase_node(node)
-    for target in (aten.detach.default, aten.alias.default):  # nothing differentiates at run time
+    for target in (aten.detach.default, aten.alias.default) if differentiated else ():
         for node in calls(gm, target):
             node.replace_all_uses_with(node.args[0])
     for node in calls(gm, aten.select.int):

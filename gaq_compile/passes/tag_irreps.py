@@ -130,4 +130,5 @@ def _is_one_number(value: object) -> bool:
     if isinstance(value, int | float):
         return True
     found = value.meta.get("val") if isinstance(value, Node) else None
-    return found is not None and all(size == 1 for size in found.shape)
+    shape = getattr(found, "shape", None)
+    return shape is not None and all(size == 1 for size in shape)

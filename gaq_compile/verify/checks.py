@@ -20,6 +20,7 @@ from .types import Evaluate
 FP32_ENERGY = 0.01  # meV/atom
 FP32_FORCE = 0.05  # meV/Å, mean; the largest component may be twenty times that
 FP32_RELATIVE = 1e-4
+FP32_STRESS = 0.01  # meV/Å^3
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def check_fp32(sides: Sides, structures: Sequence[Atoms], where: str) -> Parity:
     limits = (
         ("energy (meV/atom)", found.energy_max_mev_per_atom, FP32_ENERGY),
         ("mean force (meV/Å)", found.force_mae_mev_per_a, force_tolerance),
+        ("stress (meV/Å^3)", found.stress_mae or 0.0, FP32_STRESS),
         ("largest force component (meV/Å)", found.force_max_mev_per_a, 20 * force_tolerance),
     )
     for name, error, tolerance in limits:

@@ -60,7 +60,6 @@ def test_atoms_apart():
     assert len(neighbours(Atoms("H2", [[0, 0, 0], [1e5, 0, 0]]), 5.0)[0]) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="vesin ends the process (SIGFPE) for atoms 1e6 Å apart")
 def test_atoms_very_far_apart():
     """An exploded trajectory: a typed error or no edges, but not the end of the process."""
     code = (

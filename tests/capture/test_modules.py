@@ -140,7 +140,6 @@ def _hooked(kind):
     return linear
 
 
-@pytest.mark.xfail(strict=True, reason="hooks and replaced forwards of a swapped module are dropped silently")
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "replaced forward"])
 def test_hooked_modules_stay_right(kind):
     model = Wrapper(_hooked(kind)).eval()
@@ -170,9 +169,6 @@ def test_more_leading_axes(name):
     _same(swap(model), model, torch.randn(2, 5, 3 if name == "sh" else 20))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="equal neighbours in the irreps of harmonics are merged in the tag only"
-)
 def test_harmonics_of_one_degree_twice():
     model = Wrapper(o3.SphericalHarmonics("1x1o+1x1o", True, "component"))
     linear = o3.Linear("2x1o", "1x1o")

@@ -125,7 +125,6 @@ def test_tensor_product(name, normalization):
     _same(ours, theirs, *(torch.randn(5, n, dtype=torch.float64) for n in shapes))
 
 
-@pytest.mark.xfail(strict=True, reason="an sh operand with equal neighbours is read in the merged layout")
 def test_tensor_product_with_equal_neighbours_in_sh():
     theirs = o3.TensorProduct(
         "2x0e", "1x1o+1x1o", "2x1o+2x1o", [(0, 0, 0, "uvu", True), (0, 1, 1, "uvu", True)],

@@ -115,7 +115,6 @@ def _scatter_by_element(x, index):
     return _to(y.new_zeros(4, y.shape[1]).scatter_add(0, index, y), "ir_mul")
 
 
-@pytest.mark.xfail(strict=True, reason="a scatter's index is not checked to be the same for all columns")
 def test_scatter_by_element_is_not_passed(trace, listing):
     index = torch.randint(0, 4, (N, D), generator=torch.Generator().manual_seed(0))
     _check(trace, listing, _scatter_by_element, _rows(N, D), index, relayouts=2)

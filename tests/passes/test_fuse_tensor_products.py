@@ -186,25 +186,19 @@ REFUSED = [
     _modified_between,
     _gather_modified,
     _gather_of_columns,
+    _by_element,
+    _index_along_columns,
+    _scaled,
+    _to_graphs,
+    _to_more_rows,
 ]
-WRONG = [
-    (_by_element, "an index of its own for every element is taken for receivers"),
-    (_index_along_columns, "an index expanded along the other axis is taken for receivers"),
-    (_scaled, "index_add's alpha is dropped"),
-    (_to_graphs, "the number of rows of the sum is not compared with the number of atoms"),
-    (_to_more_rows, "the number of rows of the sum is not compared with the number of atoms"),
-]
-FAULTS = [pytest.param(f, marks=pytest.mark.xfail(strict=True, reason=why)) for f, why in WRONG]
 
 
-@pytest.mark.parametrize("function", REFUSED + FAULTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", REFUSED, ids=lambda f: f.__name__)
 def test_is_not_fused(trace, listing, inputs, function):
     _check(trace, listing, function, inputs, fused=0)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="sort_edges is put before the gather, where receivers may not exist yet"
-)
 def test_receivers_that_come_after_the_gather(trace, listing, inputs):
     def function(x, sh, w, senders, edge_index):
         message = _product(x, sh, w, senders)

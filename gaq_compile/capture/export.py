@@ -60,7 +60,7 @@ def _checked(graph_module: GraphModule, model: EnergyModel) -> GraphModule:
     for name, node in zip(model.form.inputs, placeholders, strict=True):
         if name == model.form.positions and isinstance(node.meta["val"].shape[0], int):
             raise CaptureError(
-                f"export fixed the number of atoms of this {model.family} model at {node.meta['val'].shape[0]}",
+                f"export fixed this {model.family} model at {node.meta['val'].shape[0]} atoms",
                 where=f"its input {name!r}",
                 fix="use sizes (x.shape[0]) in tensor operations, not in Python loops or numbers",
             )

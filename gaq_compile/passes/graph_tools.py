@@ -57,7 +57,8 @@ def rows_index(scatter: Node) -> Node | None:
     if not is_call(index, aten.expand.default) or not is_call(index.args[0], aten.unsqueeze.default):
         return None
     index, axis = index.args[0].args
-    return index if axis in (1, -1) and _dimensions(index) == 1 else None
+    flat = isinstance(index, Node) and axis in (1, -1) and _dimensions(index) == 1
+    return index if isinstance(index, Node) and flat else None
 
 
 def _dimensions(node: object) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from ..ir.layout import permutation
-from .graph_tools import aten, calls, copied, finished, gaq, is_call, rows_index
+from .graph_tools import SCATTERS, ZEROS, aten, calls, copied, finished, gaq, is_call, rows_index
 
 # Operators that treat every element of a row alike, so that reordering a row commutes with them;
 # the value is the positions of the arguments that carry rows.
@@ -80,15 +80,12 @@ def _can_pass(user: Node, node: Node) -> bool:
         return bool(user.args[0] is node and _is_scalar(user.args[1]))
     if user.target is aten.index.Tensor:
         return bool(user.args[0] is node and len(user.args[1]) == 1)
-    if user.target in (aten.scatter_reduce.two, aten.scatter_add.default, aten.index_add.default):
-        whole_rows = user.args[1] == 0 and user.args[3] is node and is_call(user.args[0], *_ZEROS)
+    if user.target in SCATTERS:
+        whole_rows = user.args[1] == 0 and user.args[3] is node and is_call(user.args[0], *ZEROS)
         return bool(whole_rows and rows_index(user) is not None)
     return all(
         is_call(user.args[i], gaq.relayout.default) and user.args[i].args[1:] == node.args[1:] for i in rows
     )
-
-
-_ZEROS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
 
 
 def _is_scalar(value: object) -> bool:

@@ -18,10 +18,9 @@ from __future__ import annotations
 import networkx as nx
 from torch.fx import GraphModule, Node
 
-from .graph_tools import aten, copied, finished, gaq, is_call, rows_index
+from .graph_tools import SCATTERS, ZEROS, aten, copied, finished, gaq, is_call, rows_index
 
 _GATHERS = (aten.index.Tensor, aten.index_select.default)
-_SCATTERS = (aten.scatter_reduce.two, aten.scatter_add.default, aten.index_add.default)
 
 
 def fuse_tensor_products(graph_module: GraphModule) -> GraphModule:
@@ -77,7 +76,7 @@ def _kind(node: Node) -> str:
         return "product"
     if is_call(node, *_GATHERS):
         return "gather"
-    return "scatter" if is_call(node, *_SCATTERS) else "other"
+    return "scatter" if is_call(node, *SCATTERS) else "other"
 
 
 def _gather_index(gather: Node) -> Node | None:
@@ -90,7 +89,7 @@ def _gather_index(gather: Node) -> Node | None:
 def _scatter_index(gather: Node, scatter: Node) -> Node | None:
     """The index of a sum of rows into as many zeros as there are atoms, or None."""
     base, axis = scatter.args[:2]
-    zeros = is_call(base, aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
+    zeros = is_call(base, *ZEROS)
     reduces = scatter.target is not aten.scatter_reduce.two or scatter.args[4] == "sum"
     if axis != 0 or not zeros or not reduces or _rows(base) != _rows(gather.args[0]):
         return None

@@ -12,6 +12,9 @@ from torch.fx import Graph, GraphModule, Node
 aten = torch.ops.aten
 gaq = torch.ops.gaq
 
+ZEROS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
+SCATTERS = (aten.scatter_reduce.two, aten.scatter_add.default, aten.index_add.default)
+
 
 def copied(graph_module: GraphModule) -> GraphModule:
     """A GraphModule with its own graph (metadata kept) that shares the weights."""

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ..ir.specs import gate_spec, linear_spec, tensor_product_spec
 from ..ir.tags import irreps_of, tag
-from .graph_tools import aten, gaq
+from .graph_tools import SCATTERS, aten, gaq
 
 _NAME = "tag_irreps"
 
@@ -107,7 +107,6 @@ _RULES: dict[object, Callable[[Node], list[tuple[object, str]]]] = {
 _CARRIES = {aten.neg.default, aten.index.Tensor, aten.clone.default, aten.alias.default, aten.detach.default}
 _SCALES = {aten.mul.Tensor, aten.div.Tensor}
 _JOINS = {aten.add.Tensor, aten.sub.Tensor}
-_SCATTERS = {aten.scatter_reduce.two, aten.scatter_add.default, aten.index_add.default}
 
 
 def _same_as(node: Node) -> str | None:
@@ -121,7 +120,7 @@ def _same_as(node: Node) -> str | None:
     if node.target in _JOINS:
         first, second = irreps_of(node.args[0]), irreps_of(node.args[1])
         return first if first == second else None
-    if node.target in _SCATTERS:
+    if node.target in SCATTERS:
         return irreps_of(node.args[3])
     return None
 

@@ -28,7 +28,7 @@ import gaq_compile
 from gaq_compile.capture import find_recipe
 from gaq_compile.capture.pretrained import load_model
 from gaq_compile.datasets import example_structures
-from gaq_compile.verify.bench import Settings, find_allocator, memory_figures, speed_figures
+from gaq_compile.tools.bench import Settings, find_allocator, memory_figures, speed_figures
 from gaq_compile.verify.conservativity import conservativity
 from gaq_compile.verify.equivariance import equivariance
 from gaq_compile.verify.parity import parity

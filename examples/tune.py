@@ -17,11 +17,11 @@ from rich.console import Console
 
 from gaq_compile import load, quantize
 from gaq_compile.backends.tvm.database import database_path
-from gaq_compile.backends.tvm.tune import tune_potential
 from gaq_compile.backends.tvm.tune_space import FAMILIES
 from gaq_compile.datasets import example_structures
 from gaq_compile.errors import GaqError
 from gaq_compile.potential import Potential
+from gaq_compile.tools.tune import tune_potential
 
 
 def main() -> int:

@@ -142,7 +142,7 @@ def check(
     installed, or against --original.
     """
     from .api import load
-    from .verify.recheck import recheck
+    from .tools.recheck import recheck
 
     _check_writable(json_path)
     potential = load(file, backend=backend)
@@ -182,7 +182,7 @@ def bench(
     json_path: _Json = None,
 ) -> None:
     """Measure time and peak memory against the original model, in fresh processes."""
-    from .verify.bench import Settings, find_allocator, memory_figures, speed_figures
+    from .tools.bench import Settings, find_allocator, memory_figures, speed_figures
 
     _check_writable(json_path)
     settings = Settings(runs, warmup, preload=find_allocator(preload), threads=threads)
@@ -207,7 +207,7 @@ def tune(
 ) -> None:
     """Search for faster kernels of a saved potential; they are found by later runs of quantize and load."""
     try:
-        from .backends.tvm.tune import tune_file
+        from .tools.tune import tune_file
     except ImportError as error:
         raise MissingPackageError(
             f"tuning needs TVM's compiler: {error}", fix="pip install 'gaq-compile[tvm]'"
@@ -297,7 +297,7 @@ def _compiled_for_bench(model: str, read: list[Atoms], scheme: str | None, folde
 
 def _loaded_for_bench(file: Path, read: list[Atoms], scheme: str | None, named: str | None) -> _Measured:
     from .api import load
-    from .verify.recheck import recheck
+    from .tools.recheck import recheck
 
     potential = load(file)
     stored = potential.config.scheme

@@ -30,7 +30,7 @@ from torch.fx import Graph, GraphModule, Node
 from .capture.graphs import CalibratedRange, GraphFormat
 from .config import QuantConfig
 from .errors import ConfigError, FileFormatError
-from .ir import ops as _ops  # noqa: F401 - registers the gaq operators that graphs name
+from .operators import registration as _registration  # noqa: F401 - registers the gaq operators that graphs name
 from .passes.graph_tools import attribute
 from .passes.tag_irreps import tag_irreps
 from .verify.report import Report

@@ -26,7 +26,7 @@ from gaq_compile.errors import (
     UnknownElementError,
     VerificationError,
 )
-from gaq_compile.ir import reference
+from gaq_compile.operators import reference
 from gaq_compile.verify import checks
 from gaq_compile.verify.types import Prediction
 

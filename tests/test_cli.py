@@ -14,7 +14,7 @@ from ase.io import write
 from gaq_compile import cli
 from gaq_compile.cli import REPORT_KEYS, main
 from gaq_compile.datasets import example_structures
-from gaq_compile.verify.bench import find_allocator
+from gaq_compile.tools.bench import find_allocator
 
 
 def failure(capsys: pytest.CaptureFixture[str], *argv: object) -> str:

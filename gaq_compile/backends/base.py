@@ -3,53 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-from torch import Tensor
-from torch.fx import Node
 
 from ..errors import ConfigError
+from ..passes.lower import Attribute, Backend, Lowered, Refused
 
-Attribute = Callable[[Node], Tensor]
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """A node's replacement.
-
-    Attributes:
-        run: the kernel call, ``run(*tensors)`` with the values of ``arguments``.
-        arithmetic: what it computes in, e.g. ``"s8·s8→s32"``.
-        arguments: those of the node's arguments that are given at run time; weights are inside.
-    """
-
-    run: Callable[..., Any]
-    arithmetic: str
-    arguments: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Why a backend does not run a node."""
-
-    reason: str
-
-
-class Backend(Protocol):
-    """Something that runs gaq operators."""
-
-    name: str
-    target: str
-
-    def lower(self, node: Node, attribute: Attribute) -> Lowered | Refused:
-        """A kernel for ``node``, or the reason there is none.
-
-        Args:
-            node: a call of a ``gaq::`` operator.
-            attribute: reads the tensor behind a ``get_attr`` node.
-        """
-
+__all__ = ["Attribute", "Backend", "Lowered", "Refused", "known_backends", "make_backend", "register_backend"]
 
 Factory = Callable[[str | None], Backend]
 _FACTORIES: dict[str, Factory] = {}

@@ -20,10 +20,10 @@ from e3nn import nn as enn
 from e3nn import o3
 from torch import Tensor, nn
 
-from ..ir import activations
 from ..ir.layout import blocks, simplified
-from ..ir.ops import ops
 from ..ir.specs import GateSpec, LinearSpec, TensorProductSpec
+from ..operators import activations
+from ..operators.registration import ops
 
 
 def _parameter(value: Tensor) -> nn.Parameter:

@@ -16,8 +16,8 @@ import torch
 from ase import Atoms
 from torch import Tensor, nn
 
-from ..ir.ops import ops
 from ..ir.specs import LinearSpec, TensorProductSpec
+from ..operators.registration import ops
 from .base import EnergyModel, RawPrediction
 from .graphs import GraphFormat
 from .modules import CONVERTERS, Converter, IrrepsLinear, linear_only, swap

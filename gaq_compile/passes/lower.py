@@ -8,18 +8,57 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ..backends.base import Backend, Lowered, Refused
 from ..errors import LoweringError
 from .graph_tools import attribute, copied, finished, gaq
 
 # Ordering edges is index work, not arithmetic: it stays with torch by design, not by fallback.
 _HOST_OPERATORS = (gaq.sort_edges.default,)
+
+
+Attribute = Callable[[Node], Tensor]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A node's replacement.
+
+    Attributes:
+        run: the kernel call, ``run(*tensors)`` with the values of ``arguments``.
+        arithmetic: what it computes in, e.g. ``"s8·s8→s32"``.
+        arguments: those of the node's arguments that are given at run time; weights are inside.
+    """
+
+    run: Callable[..., Any]
+    arithmetic: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a backend does not run a node."""
+
+    reason: str
+
+
+class Backend(Protocol):
+    """Something that runs gaq operators."""
+
+    name: str
+    target: str
+
+    def lower(self, node: Node, attribute: Attribute) -> Lowered | Refused:
+        """A kernel for ``node``, or the reason there is none.
+
+        Args:
+            node: a call of a ``gaq::`` operator.
+            attribute: reads the tensor behind a ``get_attr`` node.
+        """
 
 
 @dataclass(frozen=True)

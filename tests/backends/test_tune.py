@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from gaq_compile.backends.tvm import database, tune, tune_search
+from gaq_compile.backends.tvm import database, tune_search
 from gaq_compile.backends.tvm.build import host_target
 from gaq_compile.backends.tvm.conv import conv_forward
 from gaq_compile.backends.tvm.conv_schedule import ConvSchedule
@@ -23,6 +23,7 @@ from gaq_compile.backends.tvm.linear import DenseSchedule, LinearProblem, lower_
 from gaq_compile.backends.tvm.tune_measure import Built, Timing, Workers
 from gaq_compile.backends.tvm.tune_space import FAMILIES, candidate, choices
 from gaq_compile.errors import ConfigError
+from gaq_compile.tools import tune
 
 PROBLEM = LinearProblem("16x0e+8x1e -> 32x0e+16x1e", "s8 m8d8", "s8")
 CONV = "16x0e * 1x0e+1x1e -> 16x0e+16x1e | 0.0.0 0.1.1"

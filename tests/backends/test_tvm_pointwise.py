@@ -17,10 +17,10 @@ from gaq_compile.backends.tvm.emit import kernel_text, loop, vector
 from gaq_compile.backends.tvm.gate_kernel import _activate
 from gaq_compile.backends.tvm.row_kernel import Emitter
 from gaq_compile.errors import IrrepsError, LoweringError
-from gaq_compile.ir import activations, reference
 from gaq_compile.ir.layout import blocks, dim
 from gaq_compile.ir.specs import gate_spec, tensor_product_spec
 from gaq_compile.numerics.activations import activation_scheme, fake_quantize, fake_quantize_backward
+from gaq_compile.operators import activations, reference
 
 ROWS = (1, 7, 1000)
 SILU = "silu*1.6791767923989418"

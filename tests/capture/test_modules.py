@@ -178,8 +178,8 @@ def test_harmonics_of_one_degree_twice():
     vec = torch.randn(5, 3)
     assert torch.allclose(swapped(vec), both(vec), atol=1e-6)
     from gaq_compile.ir.layout import blocks
-    from gaq_compile.ir.ops import ops
-    from gaq_compile.ir.reference import view
+    from gaq_compile.operators.reference import view
+    from gaq_compile.operators.registration import ops
 
     stored = ops.spherical_harmonics(vec, "1x1o+1x1o", True, "component", "sh")
     assert torch.allclose(view(stored, blocks("1x1o+1x1o")[0]).squeeze(-1), model(vec)[0][:, :3], atol=1e-6)

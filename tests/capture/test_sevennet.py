@@ -10,7 +10,7 @@ from ase.build import bulk, fcc111, molecule
 
 from gaq_compile.capture import find_recipe
 from gaq_compile.errors import CaptureError, StructureError, UnknownElementError
-from gaq_compile.ir.ops import ops
+from gaq_compile.operators.registration import ops
 from gaq_compile.verify.structures import rattled, strained
 
 pytest.importorskip("sevenn")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gaq_compile.errors import IrrepsError
 from gaq_compile.ir.layout import blocks, dim, lmax, permutation, simplified
-from gaq_compile.ir.reference import relayout, view
+from gaq_compile.operators.reference import relayout, view
 
 ENTRY = st.tuples(st.integers(0, 5), st.integers(0, 4), st.sampled_from("eo"))
 IRREPS = st.lists(ENTRY, min_size=1, max_size=6).map(lambda e: "+".join(f"{m}x{l}{p}" for m, l, p in e))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gaq_compile.ir.ops import ops
+from gaq_compile.operators.registration import ops
 from gaq_compile.passes.cancel_relayouts import cancel_relayouts
 
 IRREPS = "2x0e+3x1o"

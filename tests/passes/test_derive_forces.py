@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
 from gaq_compile.capture.graphs import GraphFormat
-from gaq_compile.ir import ops as _ops  # noqa: F401 - registers the operators
+from gaq_compile.operators import registration as _registration  # noqa: F401 - registers the operators
 from gaq_compile.passes.derive_forces import derive_forces, outputs
 from gaq_compile.passes.simplify import simplify
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gaq_compile.ir.ops import ops
+from gaq_compile.operators.registration import ops
 from gaq_compile.passes.fuse_tensor_products import fuse_tensor_products
 from gaq_compile.passes.simplify import simplify
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule
 
-from gaq_compile.ir import ops as _ops  # noqa: F401 - registers the operators
+from gaq_compile.operators import registration as _registration  # noqa: F401 - registers the operators
 from gaq_compile.passes.simplify import simplify
 
 aten = torch.ops.aten

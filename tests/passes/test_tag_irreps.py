@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gaq_compile.errors import IrrepsError
-from gaq_compile.ir.ops import ops
 from gaq_compile.ir.tags import irreps_of, tag
+from gaq_compile.operators.registration import ops
 from gaq_compile.passes.tag_irreps import tag_irreps
 
 LINEAR = "2x0e+1x1o -> 4x0e+2x0e+2x1o"

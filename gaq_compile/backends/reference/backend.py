@@ -6,14 +6,14 @@ from typing import Any
 
 from torch.fx import Node
 
-from ...ir.ops import ops
+from ...operators.registration import ops
 from ..base import Attribute, Lowered, Refused, register_backend
 
 _INTEGER_WEIGHTS = ops.int_irreps_linear.default
 
 
 class ReferenceBackend:
-    """Runs every operator as :mod:`gaq_compile.ir.reference` defines it."""
+    """Runs every operator as :mod:`gaq_compile.operators.reference` defines it."""
 
     name = "reference"
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.fx import Node
 
-from ...ir.ops import ops
 from ...ir.specs import linear_spec
 from ...numerics.packing import unpack_int4
+from ...operators.registration import ops
 from ..base import Attribute, Lowered, Refused, register_backend
 from .build import host_target, tvm_version
 from .conv import conv_backward, conv_forward

@@ -16,9 +16,9 @@ from e3nn.o3 import Irreps
 from torch import Tensor
 
 from ...errors import IrrepsError, LoweringError
-from ...ir.activations import split
 from ...ir.layout import blocks, dim, simplified
 from ...ir.specs import GateSpec, gate_spec
+from ...operators.activations import split
 from .build import compile_kernel
 from .emit import block_lanes, kernel_text, vector
 from .row_kernel import LANES, Emitter, at, row_loop, tiled

@@ -1,6 +1,6 @@
 """Real spherical harmonics and their gradient on CPUs, vectorised over vectors.
 
-The recursion over the degree of :mod:`...ir.harmonics`, unrolled into its nonzero constants. Rows
+The recursion over the degree of :mod:`...operators.harmonics`, unrolled into its nonzero constants. Rows
 are handled in tiles, one per lane: a tile is transposed on the way in and out.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...errors import IrrepsError
-from ...ir.harmonics import recursion, scale_factor
 from ...ir.layout import blocks
+from ...operators.harmonics import recursion, scale_factor
 from .build import compile_kernel
 from .emit import kernel_text, local, loop, signed_sum, vector
 from .row_kernel import LANES, Emitter, row_loop

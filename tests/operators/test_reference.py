@@ -15,11 +15,11 @@ from gaq_compile.capture.modules import (
     convert_spherical_harmonics,
     convert_tensor_product,
 )
-from gaq_compile.ir import activations, reference
 from gaq_compile.ir.layout import dim
-from gaq_compile.ir.ops import ops
 from gaq_compile.ir.specs import gate_spec, linear_spec, tensor_product_spec
 from gaq_compile.numerics.activations import fake_quantize_backward
+from gaq_compile.operators import activations, reference
+from gaq_compile.operators.registration import ops
 
 SILU = nn.functional.silu
 

@@ -11,7 +11,7 @@ Memory is given twice: the peak of the whole process, and its growth over the st
 free large tensors all the time; under the system's allocator they spend most of their time in page
 faults, so a caching allocator is preloaded, for both sides, where one is found.
 
-``python -m gaq_compile.verify.bench CHILD ...`` is a child; :func:`speed_figures` and
+``python -m gaq_compile.tools.bench CHILD ...`` is a child; :func:`speed_figures` and
 :func:`memory_figures` start them. A file whose kernels are not in the cache compiles them in the
 measured process: time first, then memory.
 """
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, VerificationError
-from .measure import alternate, measured_run, memory_growth
+from ..verify.measure import alternate, measured_run, memory_growth
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -144,7 +144,7 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 def _child(arguments: Sequence[str], settings: Settings) -> tuple[int, dict[str, Any]]:
     """Peak bytes and the answer of one child."""
-    argv = [sys.executable, "-m", "gaq_compile.verify.bench", *arguments]
+    argv = [sys.executable, "-m", "gaq_compile.tools.bench", *arguments]
     done = measured_run(argv, env=_environment(settings), timeout=settings.timeout)
     lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if not lines:
@@ -238,7 +238,6 @@ def _eager_side(model: str, atoms: Atoms) -> Callable[[], Any]:
 
 
 def _compiled_side(file: str, atoms: Atoms) -> Callable[[], Any]:
-    # A child is a program of its own, above the library, and may use its front door.
     from ..api import load
     from ..capture.graphs import collate
 
@@ -261,7 +260,7 @@ def _allocator() -> str:
 
 
 def _main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m gaq_compile.verify.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m gaq_compile.tools.bench", description=__doc__)
     parser.add_argument("child", choices=("time", "eager", "compiled"))
     for name in ("--model", "--file", "--structures"):
         parser.add_argument(name)

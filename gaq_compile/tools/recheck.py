@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ase import Atoms
 
 from ..capture.base import Original
 from ..capture.graphs import collate
 from ..config import is_conservative
-from . import checks
-from .parity import parity
-from .report import Report
-from .types import Evaluate, Prediction, full_stress
-
-if TYPE_CHECKING:
-    from ..potential import Potential
+from ..potential import Potential
+from ..verify import checks
+from ..verify.parity import parity
+from ..verify.report import Report
+from ..verify.types import Evaluate, Prediction, full_stress
 
 ROTATED = 4  # structures that are rotated
 DISPLACED = 2  # structures whose energy is differenced

@@ -2,7 +2,8 @@
 
 :func:`tune_file` and :func:`tune_potential` collect the distinct kernels of a potential, order them by
 their share of the multiplications, spend a budget of trials on them from the top, and store everything
-in the database (:mod:`.database`), where ``quantize`` and ``load`` find it the next time they lower.
+in the database (:mod:`..backends.tvm.database`), where ``quantize`` and ``load`` find it the next time
+they lower.
 
 What of TVM's MetaSchedule is used, and what not. The kernels are generated as text, with loops already in
 the order that the quantization inside them needs; they are no TIR workload that a schedule transforms, and
@@ -21,25 +22,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ase import Atoms
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch.fx import GraphModule, Interpreter, Node
 
-from ...errors import ConfigError, LoweringError
-from ...ir.ops import ops
-from ...passes.lower import KernelCall
-from .build import host_target, import_tvm
-from .database import KernelKey, problem_text
-from .linear import LinearKernel
-from .tune_measure import Workers
-from .tune_search import Outcome, search
-from .tune_space import FAMILIES
-
-if TYPE_CHECKING:
-    from ...potential import Potential
+from ..api import load
+from ..backends.tvm.build import host_target, import_tvm
+from ..backends.tvm.database import KernelKey, problem_text
+from ..backends.tvm.linear import LinearKernel
+from ..backends.tvm.tune_measure import Workers
+from ..backends.tvm.tune_search import Outcome, search
+from ..backends.tvm.tune_space import FAMILIES
+from ..capture.graphs import collate
+from ..errors import ConfigError, LoweringError
+from ..operators.registration import ops
+from ..passes.lower import KernelCall
+from ..potential import Potential
 
 GRANT = 16
 """Trials that a kernel gets before the next one in line gets some."""
@@ -81,8 +83,6 @@ def tune_file(path: str | Path, *, trials: int = 256, console: Console | None = 
         MissingPackageError: if TVM is not installed.
         LoweringError: if there is no linker.
     """
-    from ...api import load
-
     return tune_potential(load(path), trials=trials, console=console)
 
 
@@ -278,10 +278,6 @@ def _kernels(potential: Potential) -> Iterator[tuple[str, str, str, str]]:
 
 def _probe(potential: Potential) -> Any:
     """Three atoms with six edges, whose row counts tell atoms from edges."""
-    from ase import Atoms
-
-    from ...capture.graphs import collate
-
     form = potential.form
     if not form.inputs:
         raise ConfigError("only potentials that take structures can be tuned", where=repr(potential))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from e3nn import o3
 
-from gaq_compile.ir import harmonics
-from gaq_compile.ir.ops import ops
+from gaq_compile.operators import harmonics
+from gaq_compile.operators.registration import ops
 
 DEGREES = [[0], [1], [0, 1, 2, 3], [4, 2, 6], [3, 5], [2, 2]]
 NORMALIZATIONS = ["norm", "component", "integral"]

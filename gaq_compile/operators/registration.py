@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..config import activation_scheme
+from ..ir.layout import dim
+from ..ir.specs import gate_spec, linear_spec, tensor_product_spec
 from ..numerics import activations as act
 from ..numerics import packing, weights
 from . import reference as ref
-from .layout import dim
-from .specs import gate_spec, linear_spec, tensor_product_spec
 
 ops = torch.ops.gaq
 

@@ -12,10 +12,10 @@ import torch
 from e3nn import o3
 from torch import Tensor
 
+from ..ir.layout import Block, blocks, dim, permutation, simplified
+from ..ir.specs import gate_spec, linear_spec, tensor_product_spec
 from ..numerics.gradients import fake_quantize_gradient
 from . import activations, harmonics
-from .layout import Block, blocks, dim, permutation, simplified
-from .specs import gate_spec, linear_spec, tensor_product_spec
 
 
 def view(x: Tensor, block: Block) -> Tensor:

@@ -24,6 +24,7 @@ from .capture.base import EnergyModel, Original, RawPrediction
 from .capture.export import export_energy
 from .capture.generic import TensorModel
 from .capture.graphs import CalibratedRange, GraphFormat, Tensors, calibrated_range, collate
+from .capture.limits import Limits
 from .capture.pretrained import load_model
 from .config import DEFAULT_SCHEME, QuantConfig, is_conservative, resolve
 from .errors import NoEdgesError
@@ -86,8 +87,9 @@ def quantize(
     config = resolve(scheme, overrides)
     backends = _backends(backend, target)
     subject = _subject(model, example_graph)
-    captured = export_energy(subject.energy_model, subject.example)
-    stages = prepare(captured)
+    exported = export_energy(subject.energy_model, subject.example)
+    subject = subject.limited(exported.limits)
+    stages = prepare(exported.graph)
     prepared = stages["tag_irreps"]
     config.check_patterns(_names(prepared))
 
@@ -162,6 +164,11 @@ class _Subject:
     def tests(self) -> list[Atoms]:
         """Perturbed structures that calibration has not seen."""
         return [_moved(self.structures[0], 0.05, 101), _moved(self.structures[-1], 0.04, 102)]
+
+    def limited(self, limits: Limits) -> _Subject:
+        """The same, with what export assumed about the inputs."""
+        model = self.energy_model
+        return replace(self, energy_model=replace(model, form=replace(model.form, limits=limits)))
 
     def inputs(self, structures: Sequence[Atoms]) -> list[Tensor]:
         tensors = self.collate(structures)

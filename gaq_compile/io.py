@@ -119,13 +119,21 @@ def read(path: Path) -> Content:
         return Content(graph, form, config, report, calibrated)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         if isinstance(error, FileFormatError):
-            raise
+            raise _named(error, path) from error
         hint = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
         raise FileFormatError(
             f"the file's content makes no sense: {hint}{error}",
             where=str(path),
             fix="the file is damaged or foreign",
         ) from error
+
+
+def _named(error: FileFormatError, path: Path) -> FileFormatError:
+    """The same error with the file and a way out, where it came from inside the graph."""
+    if error.fix:
+        return error
+    where = f"{path}, {error.where}" if error.where else str(path)
+    return FileFormatError(error.what, where=where, fix="the file is damaged or foreign: write it again")
 
 
 def _raw(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -140,7 +148,9 @@ def _raw(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         header = json.loads(metadata[MAGIC])
-    except (SafetensorError, json.JSONDecodeError, OSError, UnicodeDecodeError) as error:
+    except FileFormatError:
+        raise
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise FileFormatError(
             f"cannot be read: {error}", where=str(path), fix="the file is truncated, damaged or foreign"
         ) from error
@@ -230,6 +240,9 @@ def _graph_from_json(nodes: list[dict[str, Any]], tensors: Mapping[str, Tensor])
             raise FileFormatError(f"a graph node of kind {op!r} and target {target!r} is not allowed")
         node.meta.update({k: str(v) for k, v in item["meta"].items() if k in _META})
         values[name] = node
+    kinds = {node.op for node in graph.nodes}
+    if not {"placeholder", "output"} <= kinds:
+        raise FileFormatError("the graph has no inputs or no output")
     module = GraphModule(root, graph)
     module.graph.lint()
     return module

@@ -12,9 +12,9 @@ from ase import Atoms
 from torch import Tensor
 from torch.fx import GraphModule
 
-from .capture.graphs import CalibratedRange, GraphFormat, Tensors, collate
+from .capture.graphs import CalibratedRange, GraphFormat, Tensors, check_tensors, collate
 from .config import QuantConfig
-from .errors import CalibrationWarning, StructureError
+from .errors import CalibrationWarning
 from .passes.derive_forces import outputs
 from .verify.report import Report
 from .verify.types import Prediction
@@ -81,7 +81,7 @@ class Potential:
                 CalibrationWarning,
                 stacklevel=3,
             )
-        out = self.evaluate(tensors)
+        out = self._evaluate(tensors)
         predictions, start = [], 0
         for i, atoms in enumerate(structures):
             rows = slice(start, start + len(atoms))
@@ -104,13 +104,15 @@ class Potential:
         """Raw outputs for the graph's own tensors.
 
         Raises:
-            StructureError: if a tensor is missing or has the wrong type.
+            StructureError: if a tensor is missing, has another type or shape than the graph takes, is
+                not finite, or points at atoms that are not there.
+            UnknownElementError: for an element that the potential was not trained on.
         """
-        missing = [name for name in self.form.inputs if name not in tensors]
-        if missing:
-            raise StructureError(
-                f"missing input tensors: {', '.join(missing)}", fix="see Potential.form.inputs"
-            )
+        check_tensors(tensors, self.form)
+        return self._evaluate(tensors)
+
+    def _evaluate(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """The graph's answer for tensors that are known to be sound."""
         with torch.no_grad(), _one_torch_thread(self.report.backend != "reference"):
             values = self._run(*(tensors[name] for name in self.form.inputs))
         return dict(zip(outputs(self.form), values, strict=True))

@@ -6,7 +6,7 @@ import inspect
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,17 @@ from torch.fx.graph import CodeGen
 
 from ..errors import CaptureError
 from .base import EnergyModel
+from .limits import Limits, limits_of
 
 
-def export_energy(model: EnergyModel, inputs: Sequence[Tensor]) -> GraphModule:
+class Exported(NamedTuple):
+    """A functional graph (no in-place operators) with weights as attributes, and what it assumes."""
+
+    graph: GraphModule
+    limits: Limits
+
+
+def export_energy(model: EnergyModel, inputs: Sequence[Tensor]) -> Exported:
     """Export ``model.module(*inputs) -> energies`` with every leading dimension dynamic.
 
     Dimensions of a model captured from tensors of its own are dynamic where its code allows.
@@ -28,13 +36,12 @@ def export_energy(model: EnergyModel, inputs: Sequence[Tensor]) -> GraphModule:
         inputs: an example batch of at least two graphs (a dimension of 0 or 1 would be baked in).
 
     Returns:
-        A functional graph (no in-place operators) with weights as attributes.
+        The graph and its :class:`Limits`.
 
     Raises:
         CaptureError: naming the operator and the source line that could not be captured.
     """
-    dynamic = Dim.AUTO if model.form.positions else Dim.DYNAMIC
-    shapes: Any = tuple({0: dynamic} if x.dim() else None for x in inputs)
+    shapes: Any = tuple(_dynamic(x, model) for x in inputs)
     module = model.module.eval()
     if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(module.forward).parameters.values()):
         shapes = (shapes,)
@@ -47,24 +54,32 @@ def export_energy(model: EnergyModel, inputs: Sequence[Tensor]) -> GraphModule:
                 warnings.simplefilter("ignore")
                 program = torch.export.export(module, tuple(inputs), dynamic_shapes=shapes, strict=strict)
                 program = program.run_decompositions({})
-                return _checked(_plain(program.module(check_guards=False)), model)
+            return _exported(program, model)
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
             failure = error
     reason = failure or RuntimeError("no export mode was given")
     raise _explained(reason, model.family) from failure
 
 
-def _checked(graph_module: GraphModule, model: EnergyModel) -> GraphModule:
-    """Refuse a graph in which export has fixed the number of atoms of a model of its own tensors."""
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    for name, node in zip(model.form.inputs, placeholders, strict=True):
-        if name == model.form.positions and isinstance(node.meta["val"].shape[0], int):
-            raise CaptureError(
-                f"export fixed this {model.family} model at {node.meta['val'].shape[0]} atoms",
-                where=f"its input {name!r}",
-                fix="use sizes (x.shape[0]) in tensor operations, not in Python loops or numbers",
-            )
-    return graph_module
+def _dynamic(x: Tensor, model: EnergyModel) -> dict[int, Any] | None:
+    """Rows of any number; of a model's own integers (a (2, edges) list) every axis."""
+    if model.form.positions is None:
+        return {0: Dim.DYNAMIC} if x.dim() else None
+    return dict.fromkeys(range(1 if x.is_floating_point() else x.dim()), Dim.AUTO) if x.dim() else None
+
+
+def _exported(program: torch.export.ExportedProgram, model: EnergyModel) -> Exported:
+    graph = _plain(program.module(check_guards=False))
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    parameters = list(inspect.signature(model.module.forward).parameters)
+    limits = limits_of(
+        placeholders,
+        program._guards_code or (),  # in no public place, and nothing else knows them
+        model.form.inputs,
+        parameters,
+        bounds=model.form.positions is not None,
+    )
+    return Exported(graph, limits)
 
 
 def _plain(exported: nn.Module) -> GraphModule:
@@ -88,6 +103,8 @@ def _plain(exported: nn.Module) -> GraphModule:
 
 def _explained(error: BaseException, family: str) -> CaptureError:
     """The user's own line in the traceback, not torch's machinery."""
+    if isinstance(error, CaptureError):
+        return error
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "/torch/" not in f.filename and "gaq_compile" not in f.filename]
     where = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else "inside torch.export"

@@ -117,6 +117,11 @@ def _named(model: nn.Module, example: Any) -> Tensors:
     if isinstance(example, Mapping):
         named = dict(example)
     else:
+        if not isinstance(example, Tensor | Sequence) or isinstance(example, str):
+            raise StructureError(
+                f"the example is {type(example).__name__}, neither structures nor tensors",
+                fix="pass an ase.Atoms, a list of them, or the tensors that the model's forward takes",
+            )
         values = [example] if isinstance(example, Tensor) else list(example)
         names = [n for n in inspect.signature(model.forward).parameters if n not in ("args", "kwargs")]
         if len(values) > len(names):

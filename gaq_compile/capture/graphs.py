@@ -16,6 +16,7 @@ from ase import Atoms
 from torch import Tensor
 
 from ..errors import StructureError, UnknownElementError
+from .limits import Limits
 from .structures import check_structure
 
 Tensors = dict[str, Tensor]
@@ -70,6 +71,7 @@ class GraphFormat:
         cutoff_lr: radius of the long-range pairs, Å, where the potential has them.
         elements: atomic numbers that the potential knows (empty: any).
         positions: for a model captured from tensors of its own, the name of the positions.
+        limits: what the captured graph assumes about its inputs; None before it is captured.
     """
 
     inputs: tuple[str, ...]
@@ -77,6 +79,7 @@ class GraphFormat:
     cutoff_lr: float | None = None
     elements: tuple[int, ...] = ()
     positions: str | None = None
+    limits: Limits | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -85,6 +88,7 @@ class GraphFormat:
             "cutoff_lr": self.cutoff_lr,
             "elements": list(self.elements),
             "positions": self.positions,
+            "limits": self.limits.to_dict() if self.limits else None,
         }
 
     @staticmethod
@@ -95,6 +99,7 @@ class GraphFormat:
             data["cutoff_lr"],
             tuple(data["elements"]),
             data["positions"],
+            Limits.from_dict(data["limits"]) if data["limits"] else None,
         )
 
 
@@ -142,8 +147,8 @@ def collate(structures: Sequence[Atoms], form: GraphFormat, *, check: bool = Tru
         "numbers": np.concatenate([atoms.numbers for atoms in structures]).astype(np.int64),
         "batch": np.repeat(np.arange(len(structures)), sizes).astype(np.int64),
         "ptr": ptr,
-        "charge": np.array([a.info.get("charge", 0.0) for a in structures], dtype=np.float32),
-        "spin": np.array([a.info.get("spin", 0.0) for a in structures], dtype=np.float32),
+        "charge": _numbers(structures, "charge"),
+        "spin": _numbers(structures, "spin"),
     }
     found |= _edges(structures, ptr, form.cutoff, "")
     if form.cutoff_lr is not None:
@@ -151,10 +156,92 @@ def collate(structures: Sequence[Atoms], form: GraphFormat, *, check: bool = Tru
     return {name: _tensor(found[name]) for name in form.inputs}
 
 
+def _numbers(structures: Sequence[Atoms], name: str) -> np.ndarray:
+    """``atoms.info[name]`` of each structure, 0 where it is not set."""
+    found = []
+    for index, atoms in enumerate(structures):
+        value = atoms.info.get(name, 0.0)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if not np.isfinite(number):
+            raise StructureError(
+                f"atoms.info[{name!r}] is {value!r}, not a number",
+                where=f"structure {index}, {len(atoms)} atoms",
+                fix="set it to a finite number, in units of the elementary charge or of unpaired electrons",
+            )
+        found.append(number)
+    return np.array(found, dtype=np.float32)
+
+
 def _tensor(array: np.ndarray) -> Tensor:
     """A compact tensor; an empty array keeps strides that kernels refuse, so it is made anew."""
     tensor = torch.from_numpy(array)
     return tensor if array.size else torch.empty(array.shape, dtype=tensor.dtype)
+
+
+def check_tensors(tensors: Mapping[str, Tensor], form: GraphFormat) -> None:
+    """Refuse tensors, made elsewhere, that the graph would compute nonsense from.
+
+    Raises:
+        StructureError: if one is missing, has another type or shape, is not finite, or points at
+            atoms or graphs that are not there.
+        UnknownElementError: for an element that the potential was not trained on.
+    """
+    missing = [name for name in form.inputs if name not in tensors]
+    if missing:
+        raise StructureError(f"missing input tensors: {', '.join(missing)}", fix="see Potential.form.inputs")
+    if form.limits is not None:
+        form.limits.check(tensors, form.inputs)
+    for name in form.inputs:
+        if tensors[name].is_floating_point() and not bool(torch.isfinite(tensors[name]).all()):
+            raise StructureError(f"{name} has NaN or infinite entries", fix="look where it was made")
+    if form.positions is None:
+        _check_graph(tensors, form)
+
+
+def _check_graph(tensors: Mapping[str, Tensor], form: GraphFormat) -> None:
+    """The tensors of :func:`collate`: elements, indices into the atoms, and the division into graphs."""
+    atoms = len(tensors["numbers"])
+    if form.elements:
+        unknown = sorted(set(tensors["numbers"].tolist()) - set(form.elements))
+        if unknown:
+            raise UnknownElementError(
+                f"the potential does not know {_symbols(unknown)}",
+                where="the tensor 'numbers'",
+                fix="use a potential trained on these elements",
+            )
+    for vectors, ends in EDGE_VECTORS.items():
+        for name in ends if vectors in form.inputs else ():
+            index = tensors[name]
+            if len(index) != len(tensors[vectors]):
+                raise StructureError(f"{len(index)} {name} for {len(tensors[vectors])} rows of {vectors}")
+            if len(index) and not 0 <= int(index.min()) <= int(index.max()) < atoms:
+                raise StructureError(
+                    f"{name} from {int(index.min())} to {int(index.max())}, but there are {atoms} atoms",
+                    fix="indices count the atoms of the whole batch, from 0",
+                )
+    ptr = tensors["ptr"]
+    sizes = ptr.diff()
+    whole = len(ptr) > 1 and int(ptr[0]) == 0 and int(ptr[-1]) == atoms and bool((sizes > 0).all())
+    expected = torch.repeat_interleave(torch.arange(len(sizes)), sizes) if whole else None
+    if expected is None or not torch.equal(tensors["batch"], expected):
+        raise StructureError(
+            "ptr and batch do not divide the atoms into graphs",
+            where=f"{atoms} atoms, ptr {ptr.tolist()[:8]}",
+            fix="ptr[g] is the first atom of graph g, and its last entry the number of atoms",
+        )
+    for name in ("charge", "spin"):
+        if name in form.inputs and len(tensors[name]) != len(sizes):
+            raise StructureError(f"{len(tensors[name])} entries of {name} for {len(sizes)} graphs")
+
+
+def _symbols(numbers: Sequence[int]) -> str:
+    from ase.data import chemical_symbols
+
+    known = range(len(chemical_symbols))
+    return ", ".join(chemical_symbols[z] if z in known else f"Z={z}" for z in numbers)
 
 
 def _edges(structures: Sequence[Atoms], ptr: np.ndarray, cutoff: float, suffix: str) -> dict[str, np.ndarray]:
@@ -171,13 +258,8 @@ def _edges(structures: Sequence[Atoms], ptr: np.ndarray, cutoff: float, suffix: 
 def _check_elements(atoms: Atoms, form: GraphFormat, index: int) -> None:
     unknown = sorted({int(z) for z in atoms.numbers} - set(form.elements)) if form.elements else []
     if unknown:
-        from ase.data import chemical_symbols
-
-        names = ", ".join(
-            chemical_symbols[z] if 0 <= z < len(chemical_symbols) else f"Z={z}" for z in unknown
-        )
         raise UnknownElementError(
-            f"the potential does not know {names}",
+            f"the potential does not know {_symbols(unknown)}",
             where=f"structure {index}, {len(atoms)} atoms",
             fix="use a potential trained on these elements",
         )

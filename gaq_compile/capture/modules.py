@@ -30,6 +30,16 @@ def _parameter(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value.detach().clone(), requires_grad=False)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Any number of leading axes as one, which is what operators take."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _like(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows with the leading axes of ``x`` again."""
+    return rows if x.dim() == 2 else rows.reshape(*x.shape[:-1], rows.shape[-1])
+
+
 class IrrepsLinear(nn.Module):
     """``gaq::irreps_linear`` with its weights; input and output in e3nn's layout."""
 
@@ -41,11 +51,9 @@ class IrrepsLinear(nn.Module):
         self.bias = None if bias is None else _parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = x.shape
-        x = ops.relayout(x if len(shape) == 2 else x.reshape(-1, shape[-1]), self.irreps_in, "ir_mul")
-        y = ops.irreps_linear(x, self.weight, self.bias, self.spec, False, self.label)
-        y = ops.relayout(y, self.irreps_out, "mul_ir")
-        return y if len(shape) == 2 else y.reshape(*shape[:-1], y.shape[-1])
+        rows = ops.relayout(_rows(x), self.irreps_in, "ir_mul")
+        y = ops.irreps_linear(rows, self.weight, self.bias, self.spec, False, self.label)
+        return _like(x, ops.relayout(y, self.irreps_out, "mul_ir"))
 
 
 class Gate(nn.Module):
@@ -57,8 +65,8 @@ class Gate(nn.Module):
         self.irreps_in, self.irreps_out = spec.irreps_in, spec.irreps_out
 
     def forward(self, x: Tensor) -> Tensor:
-        y = ops.gate(ops.relayout(x, self.irreps_in, "ir_mul"), self.spec, self.label)
-        return ops.relayout(y, self.irreps_out, "mul_ir")
+        y = ops.gate(ops.relayout(_rows(x), self.irreps_in, "ir_mul"), self.spec, self.label)
+        return _like(x, ops.relayout(y, self.irreps_out, "mul_ir"))
 
 
 class TensorProduct(nn.Module):
@@ -83,7 +91,7 @@ class SphericalHarmonics(nn.Module):
         self.arguments = (irreps, normalize, normalization, label)
 
     def forward(self, vec: Tensor) -> Tensor:
-        return ops.spherical_harmonics(vec, *self.arguments)
+        return _like(vec, ops.spherical_harmonics(_rows(vec), *self.arguments))
 
 
 class RadialNetwork(nn.Module):
@@ -116,8 +124,9 @@ def convert_linear(module: o3.Linear, label: str) -> nn.Module | None:
     factored = getattr(module, "f_in", None) is not None or getattr(module, "f_out", None) is not None
     if factored or not module.internal_weights:
         return None
-    weight_instructions = [i for i in module.instructions if i.i_in != -1]
-    bias_instructions = [i for i in module.instructions if i.i_in == -1]
+    real = [i for i in module.instructions if 0 not in i.path_shape]
+    weight_instructions = [i for i in real if i.i_in != -1]
+    bias_instructions = [i for i in real if i.i_in == -1]
     parts, offset = [], 0
     for instruction in weight_instructions:
         size = instruction.path_shape[0] * instruction.path_shape[1]
@@ -202,6 +211,8 @@ def convert_gate(module: enn.Gate, label: str) -> nn.Module | None:
 
 
 def _activation_names(module: nn.Module) -> tuple[str, ...] | None:
+    if len(module.irreps_in) != len(module.acts):
+        return None
     names = []
     for (mul, _), act in zip(module.irreps_in, module.acts, strict=True):
         if mul == 0:
@@ -270,7 +281,9 @@ def _is_customised(module: nn.Module) -> bool:
 def _swap_children(
     parent: nn.Module, table: dict[type[Any], Converter], prefix: str, done: dict[int, nn.Module]
 ) -> None:
-    for name, child in list(parent.named_children()):
+    for name, child in list(parent._modules.items()):  # named_children skips a module's second name
+        if child is None:
+            continue
         label = f"{prefix}.{name}" if prefix else name
         converter = table.get(type(child))
         replacement = done.get(id(child))

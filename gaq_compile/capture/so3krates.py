@@ -119,11 +119,13 @@ class So3kratesOriginal:
         from ase.stress import full_3x3_to_voigt_6_stress
 
         out = self.run(self.prepare(atoms))
-        energies = out["node_energy"].detach().double().reshape(-1).numpy()
+        parts = out.get("node_energy")  # the class without physics gives the sum alone
+        energies = None if parts is None else parts.detach().double().reshape(-1).numpy()
         stress = None
         if out.get("stress") is not None:
             stress = full_3x3_to_voigt_6_stress(out["stress"].detach().reshape(3, 3).numpy())
-        return RawPrediction(float(energies.sum()), out["forces"].detach().numpy(), stress, energies)
+        energy = float(out["energy"].detach().sum()) if energies is None else float(energies.sum())
+        return RawPrediction(energy, out["forces"].detach().numpy(), stress, energies)
 
 
 class _So3kratesEnergy(nn.Module):
@@ -132,6 +134,7 @@ class _So3kratesEnergy(nn.Module):
     def __init__(self, model: nn.Module, num_elements: int) -> None:
         super().__init__()
         self.model, self.num_elements = model, num_elements
+        self.bare = not hasattr(model, "zbl_repulsion_bool")  # So3krates itself, not SO3LR
         head = model.atomic_energy_output_block
         self.register_buffer("energy_shift", head.energy_shifts.detach().double())  # type: ignore[union-attr, operator]
         head.energy_shifts = nn.Parameter(torch.zeros_like(head.energy_shifts), requires_grad=False)  # type: ignore[union-attr, arg-type]
@@ -188,7 +191,11 @@ class _So3kratesEnergy(nn.Module):
         if edge_vec_lr is not None and receivers_lr is not None and senders_lr is not None:
             data["edge_index_lr"] = torch.stack([receivers_lr, senders_lr])
             data["shifts_lr"] = edge_vec_lr
-        out = self.model(data, compute_force=False)
+        if self.bare:
+            features, _ = self.model.get_representation(data, compute_force=False)  # type: ignore[operator]
+            out = {"node_energy": self.model.atomic_energy_output_block(features, data)}  # type: ignore[operator]
+        else:
+            out = self.model(data, compute_force=False)
         # The reference energies of atoms are added in float64: in float32 they would cost digits.
         return out["node_energy"].squeeze(-1).double() + self.energy_shift[numbers - 1]  # type: ignore[index]
 

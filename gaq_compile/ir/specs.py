@@ -35,7 +35,7 @@ class LinearSpec:
 
     The string is ``"<irreps_in> -> <irreps_out>"``, every matching pair being a path in e3nn's
     order (input block outer, output block inner), or ``"... | 0:0 1:2"`` with explicit
-    ``i_in:i_out`` pairs. Normalisation is folded into the weights. A bias, where there is one, is
+    ``i_in:i_out`` pairs (``"none"`` where there are none). Normalisation is folded into the weights. A bias, where there is one, is
     the concatenation over the ``0e`` output blocks. ``scale_offset`` is a path's place in a flat
     per-output-channel scale vector (one scale per path and output channel).
     """
@@ -77,7 +77,7 @@ class LinearSpec:
     def __str__(self) -> str:
         text = f"{self.irreps_in} -> {self.irreps_out}"
         if self.pairs != _matching_pairs(self.irreps_in, self.irreps_out):
-            text += " | " + " ".join(f"{i}:{j}" for i, j in self.pairs)
+            text += " | " + (" ".join(f"{i}:{j}" for i, j in self.pairs) or "none")
         return text
 
 
@@ -100,7 +100,9 @@ def linear_spec(text: str) -> LinearSpec:
     head, _, tail = text.partition("|")
     irreps_in, _, irreps_out = (part.strip() for part in head.partition("->"))
     pairs = _matching_pairs(irreps_in, irreps_out)
-    if tail.strip():
+    if tail.strip() == "none":
+        pairs = ()
+    elif tail.strip():
         pairs = tuple(_pair(item) for item in tail.split())
     spec = LinearSpec(irreps_in, irreps_out, pairs)
     for path in spec.paths:
@@ -222,12 +224,23 @@ class GateSpec:
 
 @lru_cache(maxsize=4096)
 def gate_spec(text: str) -> GateSpec:
-    """Parse the string form of :class:`GateSpec`."""
+    """Parse the string form of :class:`GateSpec`.
+
+    Raises:
+        IrrepsError: if there is not one gate per gated channel, or not one activation per block.
+    """
     scalars, gates, gated, act_scalars, act_gates = (part.strip() for part in text.split(";"))
-    return GateSpec(
+    spec = GateSpec(
         scalars,
         gates,
         gated,
         tuple(a for a in act_scalars.split(",") if a),
         tuple(a for a in act_gates.split(",") if a),
     )
+    counts = [sum(block.mul for block in blocks(part)) for part in (gates, gated)]
+    if counts[0] != counts[1]:
+        raise IrrepsError(f"{counts[0]} gates for {counts[1]} gated channels", where=text)
+    for part, found in ((scalars, spec.scalar_activations), (gates, spec.gate_activations)):
+        if len(blocks(part)) != len(found):
+            raise IrrepsError(f"{len(found)} activations for {part!r}", where=text)
+    return spec

@@ -22,19 +22,23 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 
-_NAMES = {
-    "silu": "silu",
-    "SiLU": "silu",
-    "tanh": "tanh",
-    "Tanh": "tanh",
-    "sigmoid": "sigmoid",
-    "Sigmoid": "sigmoid",
-    "relu": "relu",
-    "ReLU": "relu",
-    "ShiftedSoftPlus": "ssp",
-    "ssp": "ssp",
-    "Identity": "identity",
+_SAME: dict[object, str] = {
+    torch.nn.functional.silu: "silu",
+    torch.tanh: "tanh",
+    torch.nn.functional.tanh: "tanh",
+    torch.sigmoid: "sigmoid",
+    torch.nn.functional.sigmoid: "sigmoid",
+    torch.relu: "relu",
+    torch.nn.functional.relu: "relu",
+    torch.nn.SiLU: "silu",
+    torch.nn.Tanh: "tanh",
+    torch.nn.Sigmoid: "sigmoid",
+    torch.nn.ReLU: "relu",
+    torch.nn.Identity: "identity",
 }
+"""Functions and classes of modules that are known for what they are."""
+_CALLED = {"ShiftedSoftPlus": "ssp", "ssp": "ssp"}
+"""Names that packages give to functions of their own, which are tried before they are believed."""
 
 
 def name_of(activation: object) -> str | None:
@@ -47,11 +51,25 @@ def name_of(activation: object) -> str | None:
         inner, factor = activation.f, float(activation.cst)  # type: ignore[attr-defined]
         if getattr(activation, "_is_id", False):
             factor = 1.0
-    label = getattr(inner, "__name__", None) or type(inner).__name__
-    name = _NAMES.get(label)
+    name = _known(inner)
     if name is None:
         return None
     return name if factor == 1.0 else f"{name}*{factor!r}"
+
+
+def _known(function: object) -> str | None:
+    """The name of a function or module by its identity, or by its name if it also does as it says."""
+    for known in (function, type(function)):
+        try:
+            if known in _SAME:
+                return _SAME[known]
+        except TypeError:  # unhashable
+            continue
+    called = _CALLED.get(getattr(function, "__name__", None) or type(function).__name__)
+    if called is None or not callable(function):
+        return None
+    x = torch.linspace(-6.0, 6.0, 25)
+    return called if torch.allclose(function(x), FUNCTIONS[called](x), atol=1e-6) else None
 
 
 def split(text: str) -> tuple[str, float]:

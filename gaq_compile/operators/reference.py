@@ -6,12 +6,14 @@ runs. All tensors are component-major (see :mod:`.layout`).
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 
 import torch
 from e3nn import o3
 from torch import Tensor
 
+from ..errors import IrrepsError
 from ..ir.layout import Block, blocks, dim, permutation, simplified
 from ..ir.specs import gate_spec, linear_spec, tensor_product_spec
 from ..numerics.gradients import fake_quantize_gradient
@@ -50,6 +52,16 @@ def irreps_linear(x: Tensor, weight: Tensor, bias: Tensor | None, spec: str, tra
             view(y, block).add_(bias[offset : offset + block.mul])
             offset += block.mul
     return y
+
+
+def irreps_linear_weight_gradient(grad: Tensor, x: Tensor, spec: str, transpose: bool) -> Tensor:
+    """Gradient of :func:`irreps_linear` with respect to the flat weights: ``sum_{n,c} x[u] grad[w]``."""
+    source, sink = (grad, x) if transpose else (x, grad)
+    parts = [
+        torch.einsum("ncu,ncw->uw", view(source, path.block_in), view(sink, path.block_out)).flatten()
+        for path in linear_spec(spec).paths
+    ]
+    return torch.cat(parts) if parts else grad.new_zeros(0)
 
 
 def gradient_linear(grad: Tensor, codes: Tensor, scale: Tensor, spec: str) -> Tensor:
@@ -149,7 +161,10 @@ def spherical_harmonics_backward(
 
 
 def _degrees(irreps: str) -> list[int]:
-    return [block.l for block in blocks(irreps)]
+    found = blocks(irreps)
+    if any((a.l, a.p) == (b.l, b.p) for a, b in itertools.pairwise(found)):
+        raise IrrepsError(f"harmonics of one degree side by side, {irreps!r}, have no place in the layout")
+    return [block.l for block in found]
 
 
 def gate(x: Tensor, spec: str) -> Tensor:

@@ -70,14 +70,20 @@ def _(x, weight, bias, spec, transpose, label):  # type: ignore[no-untyped-def]
 
 
 def _linear_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    _, weight, _, ctx.spec, ctx.transpose, ctx.label = inputs
-    ctx.save_for_backward(weight)
+    x, weight, bias, ctx.spec, ctx.transpose, ctx.label = inputs
+    ctx.trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.save_for_backward(weight, *([x] if ctx.trained else []))
 
 
 def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    (weight,) = ctx.saved_tensors
+    weight, *rest = ctx.saved_tensors
     back = ops.irreps_linear(grad, weight, None, ctx.spec, not ctx.transpose, ctx.label)
-    return back, None, None, None, None, None
+    to_weight = to_bias = None
+    if ctx.needs_input_grad[1]:
+        to_weight = ref.irreps_linear_weight_gradient(grad, *rest, ctx.spec, ctx.transpose)
+    if ctx.needs_input_grad[2]:
+        to_bias = torch.cat([ref.view(grad, b)[:, 0].sum(0) for b in linear_spec(ctx.spec).bias_blocks])
+    return back, to_weight, to_bias, None, None, None
 
 
 irreps_linear.register_autograd(_linear_backward, setup_context=_linear_setup)

@@ -22,6 +22,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..capture.graphs import EDGE_VECTORS, GraphFormat
+from ..capture.limits import fixed_size
+from ..errors import CaptureError
 from .graph_tools import add_buffer, finished
 
 
@@ -41,6 +43,9 @@ def derive_forces(graph_module: GraphModule, form: GraphFormat, example: Sequenc
     Returns:
         A graph with the same inputs that returns what :func:`outputs` names: energy (G,) float64,
         atomic energies (N,), forces (N, 3), virial (G, 3, 3); or energy and forces.
+
+    Raises:
+        CaptureError: if tracing the gradient fixes a size that the energy leaves free.
     """
     state = {
         **{k: v.detach() for k, v in graph_module.named_parameters()},
@@ -67,7 +72,28 @@ def derive_forces(graph_module: GraphModule, form: GraphFormat, example: Sequenc
         traced = make_fx(energy_and_forces, tracing_mode="symbolic")(*arguments)
         # Gradient formulas work in place here and there; passes may only see pure operators.
         traced = make_fx(functionalize(traced, remove="mutations"), tracing_mode="symbolic")(*arguments)
+    _check_sizes(graph_module, traced, names)
     return finished(_with_attributes(traced, keys, state, names))
+
+
+def _check_sizes(before: GraphModule, traced: GraphModule, names: Sequence[str]) -> None:
+    """Sizes that the energy leaves free must stay free in its gradient.
+
+    Raises:
+        CaptureError: if tracing the gradient has fixed one, which no later check would notice.
+    """
+    inputs = [n for n in before.graph.nodes if n.op == "placeholder"]
+    after = [n for n in traced.graph.nodes if n.op == "placeholder"][-len(names) :]
+    for name, old, new in zip(names, inputs, after, strict=True):
+        if "val" not in old.meta:
+            continue
+        sizes = zip(old.meta["val"].shape, new.meta["val"].shape, strict=True)
+        fixed = [axis for axis, (a, b) in enumerate(sizes) if fixed_size(a) is None and fixed_size(b)]
+        if fixed:
+            raise CaptureError(
+                f"the gradient fixes axis {fixed[0]} of {name} at {new.meta['val'].shape[fixed[0]]}",
+                fix="use an example of more than one atom and edge; else rewrite what depends on that size",
+            )
 
 
 def _per_graph(atomic: Tensor, named: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

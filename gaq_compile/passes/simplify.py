@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import GraphModule, Node
 
 from .graph_tools import aten, calls, copied, finished, is_call
@@ -64,7 +65,8 @@ def _merge_equal(gm: GraphModule) -> None:
 
 def _impure(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable) or "rand" in str(node.target)
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return random or bool(schema is not None and schema.is_mutable)
 
 
 def _frozen(value: object) -> object:
@@ -73,5 +75,5 @@ def _frozen(value: object) -> object:
     if isinstance(value, dict):
         return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
     if isinstance(value, float | int | bool):
-        return (type(value), value)  # 1, 1.0 and True compare equal but do not mean the same
+        return (type(value), repr(value))  # 1, 1.0 and True, 0.0 and -0.0 compare equal and differ
     return value

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ..ir.specs import gate_spec, linear_spec, tensor_product_spec
 from ..ir.tags import irreps_of, tag
-from .graph_tools import SCATTERS, aten, gaq
+from .graph_tools import SCATTERS, aten, copied, gaq
 
 _NAME = "tag_irreps"
 
@@ -17,20 +17,24 @@ _NAME = "tag_irreps"
 def tag_irreps(graph_module: GraphModule) -> GraphModule:
     """Set ``node.meta["irreps"]`` wherever operators determine it; a second run changes nothing.
 
+    Args:
+        graph_module: any graph; it is copied.
+
     Raises:
         IrrepsError: if a node already carries other irreps.
     """
-    for node in graph_module.graph.nodes:
+    gm = copied(graph_module)
+    for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
         for target, irreps in _known(node):
             if isinstance(target, Node):
                 tag(target, irreps, _NAME)
-    for node in graph_module.graph.nodes:
+    for node in gm.graph.nodes:
         source = _same_as(node)
         if source is not None:
             tag(node, source, _NAME)
-    return graph_module
+    return gm
 
 
 def _known(node: Node) -> list[tuple[object, str]]:
@@ -104,7 +108,7 @@ _RULES: dict[object, Callable[[Node], list[tuple[object, str]]]] = {
     gaq.spherical_harmonics_backward.default: _harmonics_backward,
 }
 
-_CARRIES = {aten.neg.default, aten.index.Tensor, aten.clone.default, aten.alias.default, aten.detach.default}
+_CARRIES = {aten.neg.default, aten.clone.default, aten.alias.default, aten.detach.default}
 _SCALES = {aten.mul.Tensor, aten.div.Tensor}
 _JOINS = {aten.add.Tensor, aten.sub.Tensor}
 
@@ -113,7 +117,7 @@ def _same_as(node: Node) -> str | None:
     """The irreps that a plain operator passes on from its inputs, or None."""
     if node.op != "call_function" or irreps_of(node) is not None:
         return None
-    if node.target in _CARRIES:
+    if node.target in _CARRIES or _gathers_rows(node):
         return irreps_of(node.args[0])
     if node.target in _SCALES and _is_one_number(node.args[1]):
         return irreps_of(node.args[0])
@@ -123,6 +127,14 @@ def _same_as(node: Node) -> str | None:
     if node.target in SCATTERS:
         return irreps_of(node.args[3])
     return None
+
+
+def _gathers_rows(node: Node) -> bool:
+    """``x[index]``: whole rows; an index along another axis picks components apart."""
+    if node.target is not aten.index.Tensor:
+        return False
+    indices = node.args[1]
+    return isinstance(indices, list | tuple) and len(indices) == 1 and indices[0] is not None
 
 
 def _is_one_number(value: object) -> bool:

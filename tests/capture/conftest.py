@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,7 +32,9 @@ def _compiled(model: nn.Module, structures: Sequence[Atoms]) -> Potential:
     form = energy_model.form
     tensors = collate(structures, form)
     example = [tensors[name] for name in form.inputs]
-    stages = prepare(export_energy(energy_model, example))
+    exported = export_energy(energy_model, example)
+    form = replace(form, limits=exported.limits)
+    stages = prepare(exported.graph)
     forces = simplify(derive_forces(stages["tag_irreps"], form, example))
     lowered, placements = lower(forces, [make_backend("reference")])
     report = Report(type(model).__name__, "fp32", "reference", "torch", 0, 0, placements)

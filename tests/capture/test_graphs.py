@@ -119,9 +119,6 @@ def test_nothing_and_rubbish():
             collate(structures, FORM)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="charge and spin are not looked at: NaN energies, or a plain ValueError"
-)
 @pytest.mark.parametrize("charge", [float("nan"), "plus one", [1, 2]], ids=str)
 def test_charge_that_is_no_number(charge):
     water = molecule("H2O")

@@ -100,9 +100,6 @@ def test_raw_tensors_equal_structures(sevennet_compiled, ethanol):
     assert float(out["energy"][0]) == pytest.approx(sevennet_compiled(ethanol).energy, abs=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="evaluate checks names only: an unknown element is taken for the first one"
-)
 @pytest.mark.parametrize("fault", ["element", "type", "index"])
 def test_raw_tensors_that_do_not_fit_are_refused(sevennet_compiled, ethanol, fault):
     from gaq_compile.capture.graphs import collate

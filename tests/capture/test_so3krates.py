@@ -84,7 +84,6 @@ def test_small_models(name, compiled, agree):
     assert model._get_graph.__func__ is type(model)._get_graph
 
 
-@pytest.mark.xfail(strict=True, reason="the plain class returns no node_energy, which the recipe reads")
 def test_model_without_physics(compiled, agree):
     from so3krates_torch.modules.models import So3krates
 

@@ -53,14 +53,7 @@ LINEARS = [
     ("2x0e+3x0e+2x1e+2x1o+1x1o", "4x0e+3x1e+2x1o", {}),  # neighbours that merge
     ("4x0e+2x1o", "3x0e+2x2e+2x1o", {}),  # an output that nothing reaches
     ("4x0e+2x0o+2x1o", "3x0e+2x1o+2x0e", {"biases": True}),
-    pytest.param(
-        "0x0e+4x0e+3x1o",
-        "2x0e+0x1o+3x1o",
-        {},
-        marks=pytest.mark.xfail(
-            strict=True, reason="paths of multiplicity 0 are kept as paths of their neighbours"
-        ),
-    ),
+    ("0x0e+4x0e+3x1o", "2x0e+0x1o+3x1o", {}),
     ("4x0e+3x1o", "2x0e+3x1o+2x0e", {"path_normalization": "path"}),
     ("4x0e+3x1o+2x0e", "5x0e+3x1o", {"instructions": [(2, 0), (1, 1)]}),
 ]
@@ -163,21 +156,7 @@ GATES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        GATES[0],
-        pytest.param(
-            GATES[1],
-            marks=pytest.mark.xfail(
-                strict=True, reason="e3nn merges 3x0e+2x0e, its two activations no longer fit"
-            ),
-        ),
-        GATES[2],
-        GATES[3],
-    ],
-    ids=range(len(GATES)),
-)
+@pytest.mark.parametrize("arguments", GATES, ids=range(len(GATES)))
 def test_gate(arguments):
     theirs = enn.Gate(*arguments).double()
     ours = convert_gate(theirs, "gate") or theirs
@@ -270,9 +249,6 @@ def test_linear_bias():
     assert torch.equal(y[0], torch.tensor([1.0, 2, 0, 0, 0, 3, 4, 5]))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="irreps_linear drops the gradient of weights that are computed at run time"
-)
 def test_linear_weight_gradient_is_not_dropped():
     x, weight = torch.randn(4, 3), torch.randn(6, requires_grad=True)
     y = ops.irreps_linear(x, weight, None, "3x0e -> 2x0e", False, "l")
@@ -380,7 +356,6 @@ def test_names_of_activations(scale):
     assert activations.split(f"silu*{scale!r}") == ("silu", scale)
 
 
-@pytest.mark.xfail(strict=True, reason="name_of trusts a function's __name__")
 def test_activation_is_known_by_what_it_does_not_by_its_name():
     def silu(x):
         return x * torch.sigmoid(1.702 * x)

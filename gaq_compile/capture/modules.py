@@ -196,8 +196,8 @@ def convert_gate(module: enn.Gate, label: str) -> nn.Module | None:
     if scalar_acts is None or gate_acts is None:
         return None
     spec = GateSpec(
-        _entries(module.irreps_scalars),
-        _entries(module.irreps_gates),
+        _entries(module.act_scalars.irreps_in),  # the gate's own irreps are merged, its activations are not
+        _entries(module.act_gates.irreps_in),
         _entries(module.irreps_gated),
         scalar_acts,
         gate_acts,

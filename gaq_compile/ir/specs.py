@@ -35,8 +35,9 @@ class LinearSpec:
 
     The string is ``"<irreps_in> -> <irreps_out>"``, every matching pair being a path in e3nn's
     order (input block outer, output block inner), or ``"... | 0:0 1:2"`` with explicit
-    ``i_in:i_out`` pairs (``"none"`` where there are none). Normalisation is folded into the weights. A bias, where there is one, is
-    the concatenation over the ``0e`` output blocks. ``scale_offset`` is a path's place in a flat
+    ``i_in:i_out`` pairs (``"none"`` where there are none). Normalisation is folded into the
+    weights. A bias, where there is one, is the concatenation over the ``0e`` output blocks.
+    ``scale_offset`` is a path's place in a flat
     per-output-channel scale vector (one scale per path and output channel).
     """
 

@@ -70,7 +70,7 @@ def _(x, weight, bias, spec, transpose, label):  # type: ignore[no-untyped-def]
 
 
 def _linear_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, bias, ctx.spec, ctx.transpose, ctx.label = inputs
+    x, weight, _, ctx.spec, ctx.transpose, ctx.label = inputs
     ctx.trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     ctx.save_for_backward(weight, *([x] if ctx.trained else []))
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from ..errors import ConfigError, VerificationError
@@ -213,6 +214,23 @@ class MemoryGrowth:
     @property
     def growth_bytes(self) -> int:
         return max(self.peak_bytes - self.baseline_bytes, 0)
+
+
+def tensor_peak(run: Callable[[], object]) -> int:
+    """The most bytes of tensors alive at once during ``run()``, beyond those alive before.
+
+    Counted by torch's allocator, so it is exact at any size and the same every time; a kernel's own
+    scratch space (tiles of some KiB) and the libraries are not in it. The largest structures are
+    better measured as whole processes (:func:`memory_growth`).
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler's library writes past Python to stderr
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    sizes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
+    return max(accumulate((size for *_, size in sizes), initial=0))
 
 
 @contextmanager

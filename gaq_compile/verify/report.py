@@ -144,7 +144,9 @@ def _rows(report: Report) -> list[tuple[str, str]]:
             ("weights", f"{_bytes(m['weights_fp32_bytes'])} -> {_bytes(m['weights_bytes'])} ({share:.3f})")
         )
     if m.get("eager_peak_bytes") is not None:
-        rows.append(("peak memory", f"{_bytes(m['eager_peak_bytes'])} -> {_bytes(m['compiled_peak_bytes'])}"))
+        share = m["compiled_peak_bytes"] / max(1, m["eager_peak_bytes"])
+        sizes = f"{_bytes(m['eager_peak_bytes'])} -> {_bytes(m['compiled_peak_bytes'])} ({share:.2f})"
+        rows.append(("peak memory", f"{sizes}, {m['peak_is']}" if "peak_is" in m else sizes))
     return rows
 
 

@@ -5,9 +5,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from gaq_compile.errors import ConfigError, VerificationError
-from gaq_compile.verify.measure import alternate, measured_run, memory_growth, peak_memory
+from gaq_compile.verify.measure import alternate, measured_run, memory_growth, peak_memory, tensor_peak
 
 MIB = 1 << 20
 FILL = "x = bytearray(%d * (1 << 20))\nfor i in range(0, len(x), 4096): x[i] = 1\n"
@@ -31,6 +32,19 @@ def test_order_alternates_after_the_warm_up():
     assert "".join(calls) == "ab" + "abbaab"
     with pytest.raises(ConfigError, match="cannot time 1 runs"):
         alternate(lambda: None, lambda: None, runs=1)
+
+
+def test_tensor_peak_counts_what_is_alive_at_once():
+    x = torch.ones(1 << 18)  # 1 MiB
+
+    def run():
+        y = x + 1
+        z = y * 2
+        del y
+        return (z + 1).sum()
+
+    assert abs(tensor_peak(run) - 2 * MIB) < 4096
+    assert tensor_peak(lambda: None) == 0
 
 
 def test_peak_memory_of_a_child_is_its_own_not_its_parents():

@@ -25,7 +25,9 @@ VERSION = 1
 DEFAULT_SCHEME = "w8"
 
 OBSERVERS = ("minmax", "percentile", "mse")
+ROUNDINGS = ("second-order", "nearest")
 WEIGHT_BITS = (4, 8)
+FOUR_BIT_SHARE = 0.148  # of float32's bytes; all weights at 4 bits take 0.135 to 0.139 with their scales
 
 _ACTIVATION = re.compile(r"s(\d{1,2}) (?:c(\d{1,2})|m(\d{1,2})(?:d(\d{1,2})|exact))")
 _ACTIVATION_FIX = "write e.g. 's8 m8d8', 's8 c8', 's16 m16d16' or 's8 m8exact'"
@@ -170,6 +172,10 @@ class QuantConfig:
         observer: "minmax", "percentile" or "mse".
         headroom: factor >= 1 on the range that "minmax" saw: a value beyond the calibrated
             range is clipped, which is a silent error.
+        rounding: how weights become integers: "second-order" (together, against what the energy
+            and the forces feel of each error) or "nearest" (one by one).
+        max_weight_share: if given, the layers that suffer most from fewer bits get 8, as long as
+            all weights take at most this share of their float32 bytes.
         overrides: per-layer precision; the last matching pattern wins.
         version: the version of this format.
 
@@ -182,6 +188,8 @@ class QuantConfig:
     activation: str | None = None
     observer: str = "minmax"
     headroom: float = 1.1
+    rounding: str = "second-order"
+    max_weight_share: float | None = None
     overrides: tuple[Override, ...] = ()
     version: int = VERSION
 
@@ -200,6 +208,15 @@ class QuantConfig:
             raise ConfigError(
                 f"unknown observer {self.observer!r}", where=where, fix=f"use one of {', '.join(OBSERVERS)}"
             )
+        if self.rounding not in ROUNDINGS:
+            raise ConfigError(
+                f"unknown rounding {self.rounding!r}", where=where, fix=f"use one of {', '.join(ROUNDINGS)}"
+            )
+        share = self.max_weight_share
+        if share is not None and not (type(share) in (int, float) and 0.0 < share < math.inf):
+            raise ConfigError(
+                f"max_weight_share must be a positive number or None, not {share!r}", where=where
+            )
         number = isinstance(self.headroom, int | float) and not isinstance(self.headroom, bool)
         if not (number and 1.0 <= self.headroom < math.inf):
             raise ConfigError(
@@ -213,6 +230,12 @@ class QuantConfig:
                 where=where,
                 fix="resolve(scheme, {'pattern': 'w8'}) builds them",
             )
+
+    @property
+    def rounds_together(self) -> bool:
+        """Whether any weights are rounded against calibration data."""
+        bits = (self.weight_bits, *(override.weight_bits for override in self.overrides))
+        return self.rounding == "second-order" and any(b is not None for b in bits)
 
     def for_layer(self, name: str) -> LayerConfig:
         """The precision of the layer called ``name`` (case-sensitive; the last match wins)."""
@@ -299,7 +322,13 @@ def preset(name: str) -> QuantConfig:
     layer = PRESETS.get(name)
     if layer is None:
         raise ConfigError(f"unknown scheme {name!r}", fix=f"use one of {', '.join(PRESETS)}")
-    return QuantConfig(name, layer.weight_bits, layer.activation)
+    return QuantConfig(
+        name,
+        layer.weight_bits,
+        layer.activation,
+        rounding="nearest" if name.startswith("naive") else "second-order",
+        max_weight_share=FOUR_BIT_SHARE if layer.weight_bits == 4 else None,
+    )
 
 
 def resolve(

@@ -20,40 +20,42 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..config import QuantConfig
-from ..ir.specs import linear_spec
 from ..numerics.packing import pack_int4
-from ..numerics.weights import quantize_weight
 from .calibrate import Site, quantization_sites
-from .graph_tools import add_buffer, attribute, calls, copied, finished, gaq
+from .graph_tools import add_buffer, calls, copied, finished, gaq
+from .round_weights import RoundedWeight, round_weights
 
 
-def insert_mddq(graph_module: GraphModule, config: QuantConfig, steps: Mapping[str, Tensor]) -> GraphModule:
-    """Quantize weights of irreps-linears and the activations of every site, as ``config`` says.
+def insert_mddq(
+    graph_module: GraphModule,
+    config: QuantConfig,
+    steps: Mapping[str, Tensor],
+    weights: Mapping[str, RoundedWeight] | None = None,
+) -> GraphModule:
+    """Put the integers in place: weights of irreps-linears, activations of every site.
 
     Args:
         graph_module: the float energy graph.
-        config: bits of weights and activations per layer.
+        config: says which activations.
         steps: activation steps by site label, from :func:`.calibrate.calibrate`.
+        weights: integer weights by layer label, from :func:`.round_weights.round_weights`; by
+            default each is rounded to nearest.
     """
     gm = copied(graph_module)
+    if weights is None:
+        weights = round_weights(graph_module, config, {})
     for site in quantization_sites(gm, config):
         _quantize_activation(gm, site, steps[site.label])
     for node in calls(gm, gaq.irreps_linear.default):
-        label = str(node.args[-1])
-        bits = config.for_layer(label).weight_bits
-        if bits is not None:
-            _quantize_weight(gm, node, bits)
+        if str(node.args[-1]) in weights:
+            _store_weight(gm, node, weights[str(node.args[-1])])
     return finished(gm)
 
 
-def _quantize_weight(gm: GraphModule, node: Node, bits: int) -> None:
-    spec, label = str(node.args[3]), str(node.args[-1])
-    source = node.args[1]
-    if not isinstance(source, Node) or source.op != "get_attr":
-        return  # weights computed at run time stay as they are
-    codes, scale = quantize_weight(attribute(gm, source).detach(), linear_spec(spec), bits)
-    stored = pack_int4(codes) if bits == 4 else codes
-    names = [add_buffer(gm, f"{label}_codes", stored), add_buffer(gm, f"{label}_scale", scale)]
+def _store_weight(gm: GraphModule, node: Node, weight: RoundedWeight) -> None:
+    spec, label, bits = str(node.args[3]), str(node.args[-1]), weight.bits
+    stored = pack_int4(weight.codes) if bits == 4 else weight.codes
+    names = [add_buffer(gm, f"{label}_codes", stored), add_buffer(gm, f"{label}_scale", weight.scale)]
     with gm.graph.inserting_before(node):
         parts = [gm.graph.get_attr(name) for name in names]
         decoded = gm.graph.call_function(gaq.decode_weight.default, (*parts, bits, spec, label))

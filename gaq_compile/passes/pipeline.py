@@ -15,8 +15,10 @@ from .derive_forces import derive_forces
 from .fold_integers import fold_integers
 from .fuse_tensor_products import fuse_tensor_products
 from .insert_mddq import insert_mddq
+from .round_weights import round_weights
 from .simplify import simplify
 from .tag_irreps import tag_irreps
+from .weigh_channels import weigh_channels
 
 Pass = Callable[[GraphModule], GraphModule]
 
@@ -54,7 +56,9 @@ def quantize_graph(
         progress: show progress bars.
     """
     steps: Mapping[str, Tensor] = calibrate(prepared, calibration, config, progress)
-    quantized = tag_irreps(insert_mddq(prepared, config, steps))
+    hessians = weigh_channels(prepared, form, calibration, progress) if config.rounds_together else {}
+    weights = round_weights(prepared, config, hessians)
+    quantized = tag_irreps(insert_mddq(prepared, config, steps, weights))
     forces = tag_irreps(simplify(derive_forces(quantized, form, example), differentiated=True))
     folded = tag_irreps(fold_integers(forces))
     return {"insert_mddq": quantized, "derive_forces": forces, "fold_integers": folded}

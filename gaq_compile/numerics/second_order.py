@@ -1,0 +1,162 @@
+"""Weights rounded together instead of one by one: second-order rounding of an irreps-linear.
+
+Rounding each weight to its nearest integer leaves an error E in ``y = x W``; what counts is not
+``|E|^2`` but the error of the outputs, ``tr(E^T H E)`` with ``H = sum x x^T`` over calibration
+rows. GPTQ (Frantar et al. 2023, arXiv 2210.17323) rounds the rows of W one after another and lets
+those still to come make up for each; coordinate descent (QuantEase, arXiv 2309.01885) then revisits
+every row until nothing improves. An irreps-linear mixes channels only, so H is over channels,
+pooled over rows and components m, and rounding this way keeps equivariance exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..ir.layout import Block
+from ..ir.specs import LinearPath, LinearSpec
+from .weights import QMAX, column_scales, dequantize_weight
+
+DAMPING = 0.01  # of H's mean diagonal: calibration rows are few, and directions they lack must not be free
+SWEEPS = 4  # of coordinate descent; it has settled by then
+Irrep = tuple[int, int]  # (l, p)
+
+
+def channel_hessians(x: Tensor, spec: LinearSpec, weight: Tensor | None = None) -> dict[Irrep, Tensor]:
+    """``H = sum_{n,m} w_n x[n,m] x[n,m]^T`` over the channels of each irrep of a linear's input.
+
+    Args:
+        x: (N, dim(spec.irreps_in)), component-major.
+        spec: the linear.
+        weight: (N,) nonnegative; how much each row counts.
+
+    Returns:
+        ``{(l, p): (C, C) float64}``, C the channels of all input blocks of that irrep, in order.
+    """
+    found = {}
+    for irrep in dict.fromkeys((b.l, b.p) for b in spec.inputs):
+        rows = torch.cat([_channels(x, b) for b in spec.inputs if (b.l, b.p) == irrep], dim=2).double()
+        scaled = rows if weight is None else rows * weight.double()[:, None, None]
+        found[irrep] = torch.einsum("nmu,nmv->uv", scaled, rows)
+    return found
+
+
+def _channels(x: Tensor, block: Block) -> Tensor:
+    columns = [x[:, block.base + m * block.stride :][:, : block.mul] for m in range(block.components)]
+    return torch.stack(columns, dim=1)
+
+
+def round_second_order(
+    weight: Tensor, spec: LinearSpec, hessians: Mapping[Irrep, Tensor], bits: int
+) -> tuple[Tensor, Tensor]:
+    """Integer codes and scales of an irreps-linear, as :func:`.weights.quantize_weight` gives them.
+
+    All paths into one output block are rounded together: their errors add up in the same outputs.
+
+    Args:
+        weight: (spec.weight_numel,) float.
+        spec: the linear.
+        hessians: :func:`channel_hessians` of calibration rows.
+        bits: 8 or 4.
+
+    Returns:
+        Codes (spec.weight_numel,) int8 and scales (spec.scale_numel,) float32.
+    """
+    codes = torch.zeros(spec.weight_numel, dtype=torch.int8)
+    scale = torch.ones(spec.scale_numel, dtype=torch.float32)
+    for rows, paths in _shared_outputs(spec):
+        block = paths[0].block_out
+        hessian = hessians[block.l, block.p][rows][:, rows]
+        matrices = [weight[p.offset : p.offset + p.numel].view(-1, block.mul).double() for p in paths]
+        steps = _steps(matrices, hessian, paths, bits)
+        rounded = _rounded(torch.cat(matrices), hessian, torch.cat(steps), bits)
+        start = 0
+        for path, step in zip(paths, steps, strict=True):
+            part = rounded[start : start + path.block_in.mul]
+            codes[path.offset : path.offset + path.numel] = part.to(torch.int8).flatten()
+            scale[path.scale_offset : path.scale_offset + block.mul] = step[0].float()
+            start += path.block_in.mul
+    return codes, scale
+
+
+def _shared_outputs(spec: LinearSpec) -> list[tuple[Tensor, list[LinearPath]]]:
+    """Per output block: its paths, and their inputs' places among the channels of the irrep."""
+    places, found = _channel_places(spec), []
+    for block in dict.fromkeys(path.block_out for path in spec.paths):
+        paths = [p for p in spec.paths if p.block_out == block]
+        spans = [torch.arange(places[p.block_in], places[p.block_in] + p.block_in.mul) for p in paths]
+        found.append((torch.cat(spans), paths))
+    return found
+
+
+def _channel_places(spec: LinearSpec) -> dict[Block, int]:
+    """Where each input block's channels start among those of its irrep."""
+    places: dict[Block, int] = {}
+    taken: dict[Irrep, int] = {}
+    for block in spec.inputs:
+        places[block] = taken.get((block.l, block.p), 0)
+        taken[block.l, block.p] = places[block] + block.mul
+    return places
+
+
+def _steps(matrices: list[Tensor], hessian: Tensor, paths: list[LinearPath], bits: int) -> list[Tensor]:
+    """Per path, the step of every weight (in, out): constant along the inputs."""
+    found, start = [], 0
+    for matrix, path in zip(matrices, paths, strict=True):
+        importance = hessian.diagonal()[start : start + path.block_in.mul]
+        step = column_scales(matrix, bits, importance).double()
+        found.append(step.expand(matrix.shape[0], -1))
+        start += path.block_in.mul
+    return found
+
+
+def _rounded(weight: Tensor, hessian: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Codes (in, out) that make ``tr(E^T H E)`` small; GPTQ, then coordinate descent."""
+    qmax = QMAX[bits]
+    diagonal = hessian.diagonal()
+    mean = float(diagonal.mean())
+    if mean <= 0:
+        return torch.clamp(torch.round(weight / step), -qmax, qmax)
+    damped = hessian + DAMPING * mean * torch.eye(len(hessian), dtype=hessian.dtype)
+    order = torch.argsort(damped.diagonal(), descending=True)
+    back = torch.argsort(order)
+    h, w, s = damped[order][:, order], weight[order], step[order]
+    codes = _descended(w, h, s, _gptq(w, h, s, qmax), qmax)
+    return codes[back]
+
+
+def _gptq(weight: Tensor, hessian: Tensor, step: Tensor, qmax: int) -> Tensor:
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    left, codes = weight.clone(), torch.zeros_like(weight)
+    for i in range(len(left)):
+        codes[i] = torch.clamp(torch.round(left[i] / step[i]), -qmax, qmax)
+        error = (left[i] - codes[i] * step[i]) / inverse[i, i]
+        left[i:] -= inverse[i, i:, None] * error
+    return codes
+
+
+def _descended(weight: Tensor, hessian: Tensor, step: Tensor, codes: Tensor, qmax: int) -> Tensor:
+    error = codes * step - weight
+    pull = hessian @ error
+    for _ in range(SWEEPS):
+        for i in range(len(codes)):
+            target = codes[i] - pull[i] / (hessian[i, i] * step[i])
+            new = torch.clamp(torch.round(target), -qmax, qmax)
+            pull += hessian[:, i, None] * ((new - codes[i]) * step[i])
+            codes[i] = new
+    return codes
+
+
+def output_error(
+    weight: Tensor, codes: Tensor, scale: Tensor, spec: LinearSpec, hessians: Mapping[Irrep, Tensor]
+) -> float:
+    """``tr(E^T H E)`` of rounded weights, E over all paths into an output block together."""
+    error = (dequantize_weight(codes, scale, spec) - weight).double()
+    total = 0.0
+    for rows, paths in _shared_outputs(spec):
+        block = paths[0].block_out
+        e = torch.cat([error[p.offset : p.offset + p.numel].view(-1, block.mul) for p in paths])
+        total += float((e * (hessians[block.l, block.p][rows][:, rows] @ e)).sum())
+    return total

@@ -369,6 +369,13 @@ def is_conservative(config: QuantConfig) -> bool:
     return config.activation is None
 
 
+def rounds_only_invariants(config: QuantConfig) -> bool:
+    """True if activations are rounded somewhere, and directions nowhere ("exact" schemes)."""
+    schemes = [config.activation, *(override.activation for override in config.overrides)]
+    rounded = [activation_scheme(text) for text in schemes if text is not None]
+    return bool(rounded) and all(scheme.vector == "exact" for scheme in rounded)
+
+
 def _override(config: QuantConfig, pattern: str, value: str | Mapping[str, Any]) -> Override:
     where = f"override {pattern!r}"
     if isinstance(value, str):

@@ -7,13 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
 from torch.fx import GraphModule
 
+from .capture.frames import own_frame, turned
 from .capture.graphs import CalibratedRange, GraphFormat, Tensors, check_tensors, collate
-from .config import QuantConfig
+from .capture.structures import check_structure
+from .config import QuantConfig, rounds_only_invariants
 from .errors import CalibrationWarning
 from .passes.derive_forces import outputs
 from .verify.report import Report
@@ -33,6 +36,9 @@ class Potential:
         form: how structures become the graph's tensors.
         calibrated: the surroundings that activation steps were calibrated on; None where no
             activation is rounded.
+        framed: whether structures are evaluated in a frame of their own, so that the same
+            structure gives the same bits however it is turned (:mod:`.capture.frames`); on where
+            only invariants are rounded.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class Potential:
     ) -> None:
         self.graphs, self.form, self.config, self.report = dict(graphs), form, config, report
         self.calibrated = calibrated
+        self.framed = rounds_only_invariants(config)
         self._run = self.graphs["lower"]
 
     def __call__(
@@ -72,6 +79,7 @@ class Potential:
 
         Warns with a :class:`CalibrationWarning` where rounded activations may have saturated.
         """
+        structures, frames = self._in_frames(structures)
         tensors = collate(structures, self.form)
         complaint = self.calibrated.complaint(tensors) if self.calibrated else None
         if complaint:
@@ -82,23 +90,20 @@ class Potential:
                 stacklevel=3,
             )
         out = self._evaluate(tensors)
-        predictions, start = [], 0
-        for i, atoms in enumerate(structures):
-            rows = slice(start, start + len(atoms))
-            start += len(atoms)
-            stress = None
-            if atoms.pbc.all():
-                virial = out["virial"][i].double().numpy()
-                stress = (virial + virial.T) / (2 * atoms.get_volume())
-            predictions.append(
-                Prediction(
-                    float(out["energy"][i]),
-                    out["forces"][rows].numpy().copy(),
-                    stress,
-                    out["atomic_energies"][rows].numpy().copy(),
-                )
-            )
-        return predictions
+        starts = np.cumsum([0, *(len(atoms) for atoms in structures)])
+        return [
+            _prediction(out, i, slice(starts[i], starts[i + 1]), atoms, frame)
+            for i, (atoms, frame) in enumerate(zip(structures, frames, strict=True))
+        ]
+
+    def _in_frames(self, structures: Sequence[Atoms]) -> tuple[Sequence[Atoms], Sequence[np.ndarray | None]]:
+        """The structures as they are evaluated, and how each was turned for it."""
+        if not self.framed:
+            return structures, [None] * len(structures)
+        for atoms in structures:
+            check_structure(atoms)
+        frames = [own_frame(atoms) for atoms in structures]
+        return [turned(atoms, frame) for atoms, frame in zip(structures, frames, strict=True)], frames
 
     def evaluate(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Raw outputs for the graph's own tensors.
@@ -126,6 +131,18 @@ class Potential:
     def __repr__(self) -> str:
         r = self.report
         return f"Potential({r.model}, scheme={self.config.scheme!r}, backend={r.backend!r})"
+
+
+def _prediction(out: Tensors, graph: int, rows: slice, atoms: Atoms, frame: np.ndarray | None) -> Prediction:
+    """One structure's part of a batch, turned back from its frame."""
+    forces, energies = out["forces"][rows].numpy(), out["atomic_energies"][rows].numpy().copy()
+    forces = forces.copy() if frame is None else (forces.astype(np.float64) @ frame).astype(forces.dtype)
+    stress = None
+    if atoms.pbc.all():
+        virial = out["virial"][graph].double().numpy()
+        virial = virial if frame is None else frame.T @ virial @ frame
+        stress = (virial + virial.T) / (2 * atoms.get_volume())
+    return Prediction(float(out["energy"][graph]), forces, stress, energies)
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..ir.layout import Block
 from ..ir.specs import LinearPath, LinearSpec
-from .weights import QMAX, column_scales, dequantize_weight
+from .weights import QMAX, TINY, dequantize_weight
 
 DAMPING = 0.01  # of H's mean diagonal: calibration rows are few, and directions they lack must not be free
 SWEEPS = 4  # of coordinate descent; it has settled by then
+RANGES = {8: (1.0,), 4: (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.58)}  # of max|W|; beyond, weights are clipped
 Irrep = tuple[int, int]  # (l, p)
 
 
@@ -54,6 +55,7 @@ def round_second_order(
     """Integer codes and scales of an irreps-linear, as :func:`.weights.quantize_weight` gives them.
 
     All paths into one output block are rounded together: their errors add up in the same outputs.
+    Each output channel keeps the best of several ranges.
 
     Args:
         weight: (spec.weight_numel,) float.
@@ -68,17 +70,47 @@ def round_second_order(
     scale = torch.ones(spec.scale_numel, dtype=torch.float32)
     for rows, paths in _shared_outputs(spec):
         block = paths[0].block_out
-        hessian = hessians[block.l, block.p][rows][:, rows]
-        matrices = [weight[p.offset : p.offset + p.numel].view(-1, block.mul).double() for p in paths]
-        steps = _steps(matrices, hessian, paths, bits)
-        rounded = _rounded(torch.cat(matrices), hessian, torch.cat(steps), bits)
+        matrices = [weight[p.offset : p.offset + p.numel].view(-1, block.mul) for p in paths]
+        hessian = _damped(hessians[block.l, block.p][rows][:, rows])
+        rounded, steps = _best_range(matrices, hessian, bits)
         start = 0
-        for path, step in zip(paths, steps, strict=True):
+        for path in paths:
             part = rounded[start : start + path.block_in.mul]
             codes[path.offset : path.offset + path.numel] = part.to(torch.int8).flatten()
-            scale[path.scale_offset : path.scale_offset + block.mul] = step[0].float()
+            scale[path.scale_offset : path.scale_offset + block.mul] = steps[start].float()
             start += path.block_in.mul
     return codes, scale
+
+
+def _damped(hessian: Tensor) -> Tensor:
+    mean = float(hessian.diagonal().mean())
+    return hessian + (DAMPING * mean if mean > 0 else 1.0) * torch.eye(len(hessian), dtype=hessian.dtype)
+
+
+def _best_range(matrices: list[Tensor], hessian: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and steps (in, out), each column from the range that leaves it the smallest error."""
+    weight = torch.cat(matrices).double()
+    best_codes, best_steps = torch.zeros_like(weight), torch.ones_like(weight)
+    best_cost = torch.full_like(weight[:1], torch.inf)
+    for ratio in RANGES[bits]:
+        steps = torch.cat([_steps(m, ratio, bits) for m in matrices])
+        codes = _rounded(weight, hessian, steps, bits)
+        error = codes * steps - weight
+        cost = (error * (hessian @ error)).sum(0, keepdim=True)
+        better = cost < best_cost
+        best_codes, best_steps = (
+            torch.where(better, codes, best_codes),
+            torch.where(better, steps, best_steps),
+        )
+        best_cost = torch.where(better, cost, best_cost)
+    return best_codes, best_steps
+
+
+def _steps(matrix: Tensor, ratio: float, bits: int) -> Tensor:
+    """The step of every weight of a path (in, out), the same along the inputs; float32 values."""
+    largest = matrix.abs().amax(0).float()
+    step = torch.where(largest > TINY, largest * (ratio / QMAX[bits]), 1.0)
+    return step.double().expand(matrix.shape[0], -1)
 
 
 def _shared_outputs(spec: LinearSpec) -> list[tuple[Tensor, list[LinearPath]]]:
@@ -101,30 +133,12 @@ def _channel_places(spec: LinearSpec) -> dict[Block, int]:
     return places
 
 
-def _steps(matrices: list[Tensor], hessian: Tensor, paths: list[LinearPath], bits: int) -> list[Tensor]:
-    """Per path, the step of every weight (in, out): constant along the inputs."""
-    found, start = [], 0
-    for matrix, path in zip(matrices, paths, strict=True):
-        importance = hessian.diagonal()[start : start + path.block_in.mul]
-        step = column_scales(matrix, bits, importance).double()
-        found.append(step.expand(matrix.shape[0], -1))
-        start += path.block_in.mul
-    return found
-
-
 def _rounded(weight: Tensor, hessian: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Codes (in, out) that make ``tr(E^T H E)`` small; GPTQ, then coordinate descent."""
-    qmax = QMAX[bits]
-    diagonal = hessian.diagonal()
-    mean = float(diagonal.mean())
-    if mean <= 0:
-        return torch.clamp(torch.round(weight / step), -qmax, qmax)
-    damped = hessian + DAMPING * mean * torch.eye(len(hessian), dtype=hessian.dtype)
-    order = torch.argsort(damped.diagonal(), descending=True)
-    back = torch.argsort(order)
-    h, w, s = damped[order][:, order], weight[order], step[order]
-    codes = _descended(w, h, s, _gptq(w, h, s, qmax), qmax)
-    return codes[back]
+    """Codes (in, out) that make ``tr(E^T H E)`` small; GPTQ from the largest channel, then descent."""
+    order = torch.argsort(hessian.diagonal(), descending=True)
+    h, w, s = hessian[order][:, order], weight[order], step[order]
+    codes = _descended(w, h, s, _gptq(w, h, s, QMAX[bits]), QMAX[bits])
+    return codes[torch.argsort(order)]
 
 
 def _gptq(weight: Tensor, hessian: Tensor, step: Tensor, qmax: int) -> Tensor:

@@ -17,7 +17,7 @@ QMAX = {8: 127, 4: 7}
 # Of 15 levels the outermost are worth giving up: the best clip lies between half the range and all of it.
 _CLIPPING = tuple(1.0 - 0.025 * k for k in range(21))
 
-_TINY = 1e-30  # a column this small is zero in float32 arithmetic; its step would be subnormal
+TINY = 1e-30  # a column this small is zero in float32 arithmetic; its step would be subnormal
 
 
 def quantize_weight(weight: Tensor, spec: LinearSpec, bits: int) -> tuple[Tensor, Tensor]:
@@ -92,20 +92,17 @@ def weight_bytes(spec: LinearSpec, bits: int | None) -> int:
     return (spec.weight_numel * bits + 7) // 8 + 4 * spec.scale_numel
 
 
-def column_scales(columns: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
-    """The scale of each output channel of one weight matrix (in, out): (out,) float32.
-
-    ``importance`` (in,) weighs the squared error of each input's row.
-    """
+def column_scales(columns: Tensor, bits: int) -> Tensor:
+    """The scale of each output channel of one weight matrix (in, out): (out,) float32."""
     if columns.shape[0] == 0:
         return columns.new_ones(columns.shape[1], dtype=torch.float32)
     full = columns.abs().amax(0)
-    zero = full <= _TINY
+    zero = full <= TINY
     full = torch.where(zero, 1.0, full / QMAX[bits]).to(torch.float32)
     if bits == 8:
         return full
     candidates = [full * ratio for ratio in _CLIPPING]
-    errors = torch.stack([_squared_error(columns, s, bits, importance) for s in candidates])
+    errors = torch.stack([_squared_error(columns, s, bits) for s in candidates])
     best = torch.stack(candidates).gather(0, errors.argmin(0, keepdim=True))[0]
     return torch.where(zero, 1.0, best)
 
@@ -116,9 +113,8 @@ def round_columns(columns: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.clamp(torch.round(columns / scale), -qmax, qmax).to(torch.int8)
 
 
-def _squared_error(columns: Tensor, scale: Tensor, bits: int, importance: Tensor | None) -> Tensor:
-    squares = (round_columns(columns, scale, bits) * scale - columns) ** 2
-    return squares.sum(0) if importance is None else (squares * importance[:, None]).sum(0)
+def _squared_error(columns: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return ((round_columns(columns, scale, bits) * scale - columns) ** 2).sum(0)
 
 
 def _check(tensor: Tensor, numel: int, what: str, spec: LinearSpec) -> None:

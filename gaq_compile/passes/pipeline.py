@@ -16,6 +16,7 @@ from .fold_integers import fold_integers
 from .fuse_tensor_products import fuse_tensor_products
 from .insert_mddq import insert_mddq
 from .round_weights import round_weights
+from .shift_energies import shift_energies
 from .simplify import simplify
 from .tag_irreps import tag_irreps
 from .weigh_channels import weigh_channels
@@ -58,7 +59,10 @@ def quantize_graph(
     steps: Mapping[str, Tensor] = calibrate(prepared, calibration, config, progress)
     hessians = weigh_channels(prepared, form, calibration, progress) if config.rounds_together else {}
     weights = round_weights(prepared, config, hessians)
-    quantized = tag_irreps(insert_mddq(prepared, config, steps, weights))
+    quantized = insert_mddq(prepared, config, steps, weights)
+    if weights or steps:
+        quantized = shift_energies(quantized, prepared, form, calibration)
+    quantized = tag_irreps(quantized)
     forces = tag_irreps(simplify(derive_forces(quantized, form, example), differentiated=True))
     folded = tag_irreps(fold_integers(forces))
     return {"insert_mddq": quantized, "derive_forces": forces, "fold_integers": folded}

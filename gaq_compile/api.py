@@ -107,10 +107,11 @@ def quantize(
 
 
 def _calibrated(subject: _Subject, config: QuantConfig) -> CalibratedRange | None:
-    """The range to warn outside of: only rounded activations saturate."""
-    if subject.form.positions is not None or is_conservative(config):
+    """The range to warn outside of; only rounded activations saturate."""
+    rounds = not is_conservative(config)
+    if subject.form.positions is not None or not (rounds or config.rounds_together):
         return None
-    return calibrated_range([subject.collate([atoms]) for atoms in subject.calibration])
+    return calibrated_range([subject.collate([atoms]) for atoms in subject.calibration], rounds)
 
 
 def _names(prepared: GraphModule) -> list[str]:

@@ -63,4 +63,4 @@ class MissingPackageError(GaqError, ImportError):
 
 
 class CalibrationWarning(UserWarning):
-    """A structure outside the range that rounded activations were calibrated on."""
+    """A structure with elements or surroundings that calibration has not seen."""

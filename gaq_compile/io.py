@@ -114,7 +114,7 @@ def read(path: Path) -> Content:
             )
         graph = tag_irreps(_graph_from_json(header["nodes"], tensors))
         config = QuantConfig.from_json(json.dumps(header["config"]))
-        calibrated = CalibratedRange(**header["calibrated"]) if header["calibrated"] else None
+        calibrated = CalibratedRange.from_dict(header["calibrated"]) if header["calibrated"] else None
         form, report = GraphFormat.from_dict(header["form"]), Report.from_dict(header["report"])
         return Content(graph, form, config, report, calibrated)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:

@@ -34,8 +34,7 @@ class Potential:
         report: what runs where, and what was measured.
         config: what was quantized and how.
         form: how structures become the graph's tensors.
-        calibrated: the surroundings that activation steps were calibrated on; None where no
-            activation is rounded.
+        calibrated: what calibration has seen, to warn outside of it; None where nothing depends on it.
         framed: whether structures are evaluated in a frame of their own, so that the same
             structure gives the same bits however it is turned (:mod:`.capture.frames`); on where
             only invariants are rounded.
@@ -77,15 +76,16 @@ class Potential:
     def predict(self, structures: Sequence[Atoms]) -> list[Prediction]:
         """Predictions for a batch of structures, evaluated together.
 
-        Warns with a :class:`CalibrationWarning` where rounded activations may have saturated.
+        Warns with a :class:`CalibrationWarning` for elements that calibration has not seen, and
+        where rounded activations may have saturated.
         """
         structures, frames = self._in_frames(structures)
         tensors = collate(structures, self.form)
         complaint = self.calibrated.complaint(tensors) if self.calibrated else None
         if complaint:
             warnings.warn(
-                f"outside the calibrated range: {complaint}; rounded activations may saturate, "
-                "so calibrate on structures like these or use a weights-only scheme",
+                f"outside the calibrated range: {complaint}; errors may be larger than reported, "
+                "so pass structures like these to quantize",
                 CalibrationWarning,
                 stacklevel=3,
             )

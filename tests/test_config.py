@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from gaq_compile import config as config_module
 from gaq_compile.config import (
     DEFAULT_SCHEME,
+    FOUR_BIT_SHARE,
     OBSERVERS,
     PRESETS,
     ActivationScheme,
@@ -25,6 +26,7 @@ from gaq_compile.config import (
     is_conservative,
     preset,
     resolve,
+    rounds_only_invariants,
 )
 from gaq_compile.errors import ConfigError
 
@@ -140,7 +142,11 @@ def test_text_that_is_no_configuration_is_refused(text: str) -> None:
 )
 def test_presets(name: str, weight_bits: int | None, activation: str | None) -> None:
     config = preset(name)
-    assert config == QuantConfig(name, weight_bits, activation, "minmax", 1.1)
+    rounding = "nearest" if name == "naive-w8a8" else "second-order"
+    share = FOUR_BIT_SHARE if weight_bits == 4 else None
+    assert config == QuantConfig(name, weight_bits, activation, "minmax", 1.1, rounding, share)
+    assert config.rounds_together == (weight_bits is not None and name != "naive-w8a8")
+    assert rounds_only_invariants(config) == name.startswith("exact")
     assert config.for_layer("any.layer") == LayerConfig(weight_bits, activation)
     assert is_conservative(config) == (name in ("fp32", "w8", "w4"))
     assert name in PRESETS

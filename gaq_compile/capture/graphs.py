@@ -31,33 +31,55 @@ EDGE_VECTORS = {"edge_vec": ("receivers", "senders"), "edge_vec_lr": ("receivers
 
 @dataclass(frozen=True)
 class CalibratedRange:
-    """The surroundings of atoms that activation steps were calibrated on.
+    """What calibration has seen: elements, and the surroundings of atoms.
 
-    Rounded activations saturate outside the range they were calibrated for, which no kernel
-    notices; a structure whose atoms have fewer or more neighbours, or are closer, is a warning.
+    Weights are rounded in favour of what calibration showed, and rounded activations saturate
+    outside their range; no kernel notices either, so a structure beyond them is a warning.
+
+    Attributes:
+        elements: atomic numbers.
+        fewest, most: neighbours of an atom; None where activations are not rounded.
+        shortest: distance, Å; None where activations are not rounded.
     """
 
-    fewest: int
-    most: int
-    shortest: float
+    elements: tuple[int, ...]
+    fewest: int | None = None
+    most: int | None = None
+    shortest: float | None = None
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> CalibratedRange:
+        """The inverse of ``dataclasses.asdict``, also after JSON."""
+        return CalibratedRange(**{**data, "elements": tuple(data["elements"])})
 
     def complaint(self, tensors: Mapping[str, Tensor]) -> str | None:
         """What lies outside, in words, or None. Neighbour counts may leave the range by a fifth."""
-        here = calibrated_range([tensors])
-        if here.fewest < 0.8 * self.fewest or here.most > 1.2 * self.most:
+        unseen = sorted(set(tensors["numbers"].tolist()) - set(self.elements))
+        if unseen:
+            return f"calibrated were {_symbols(self.elements)}, not {_symbols(unseen)}"
+        if self.fewest is None or self.most is None or self.shortest is None:
+            return None
+        fewest, most, shortest = _surroundings([tensors])
+        if fewest < 0.8 * self.fewest or most > 1.2 * self.most:
             calibrated = f"calibrated were {self.fewest} to {self.most}"
-            return f"atoms with {here.fewest} to {here.most} neighbours, {calibrated}"
-        if here.shortest < 0.9 * self.shortest:
-            return f"a distance of {here.shortest:.2f} Å, the shortest calibrated was {self.shortest:.2f} Å"
+            return f"atoms with {fewest} to {most} neighbours, {calibrated}"
+        if shortest < 0.9 * self.shortest:
+            return f"a distance of {shortest:.2f} Å, the shortest calibrated was {self.shortest:.2f} Å"
         return None
 
 
-def calibrated_range(batches: Sequence[Mapping[str, Tensor]]) -> CalibratedRange:
-    """Neighbour counts and the shortest distance (Å) over batches of tensors."""
+def calibrated_range(batches: Sequence[Mapping[str, Tensor]], surroundings: bool) -> CalibratedRange:
+    """The range of calibration batches; neighbour counts and distances only if they matter."""
+    elements = tuple(sorted({z for tensors in batches for z in tensors["numbers"].tolist()}))
+    return CalibratedRange(elements, *(_surroundings(batches) if surroundings else ()))
+
+
+def _surroundings(batches: Sequence[Mapping[str, Tensor]]) -> tuple[int, int, float]:
+    """Fewest and most neighbours of an atom, and the shortest distance (Å)."""
     counts = torch.cat([torch.bincount(t["receivers"], minlength=len(t["numbers"])) for t in batches])
     lengths = [t["edge_vec"].norm(dim=1).min() for t in batches if len(t["edge_vec"])]
     shortest = float(torch.stack(lengths).min()) if lengths else float("inf")
-    return CalibratedRange(int(counts.min()), int(counts.max()), shortest)
+    return int(counts.min()), int(counts.max()), shortest
 
 
 @dataclass(frozen=True)

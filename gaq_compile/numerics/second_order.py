@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ir.layout import Block
 from ..ir.specs import LinearPath, LinearSpec
-from .weights import QMAX, TINY, dequantize_weight
+from .weights import QMAX, TINY, check_weight, column_scales, dequantize_weight
 
 DAMPING = 0.01  # of H's mean diagonal: calibration rows are few, and directions they lack must not be free
 SWEEPS = 4  # of coordinate descent; it has settled by then
@@ -65,7 +65,11 @@ def round_second_order(
 
     Returns:
         Codes (spec.weight_numel,) int8 and scales (spec.scale_numel,) float32.
+
+    Raises:
+        ConfigError, IrrepsError, GaqError: as :func:`.weights.quantize_weight`.
     """
+    check_weight(weight, spec, bits)
     codes = torch.zeros(spec.weight_numel, dtype=torch.int8)
     scale = torch.ones(spec.scale_numel, dtype=torch.float32)
     for rows, paths in _shared_outputs(spec):
@@ -90,20 +94,23 @@ def _damped(hessian: Tensor) -> Tensor:
 def _best_range(matrices: list[Tensor], hessian: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes and steps (in, out), each column from the range that leaves it the smallest error."""
     weight = torch.cat(matrices).double()
-    best_codes, best_steps = torch.zeros_like(weight), torch.ones_like(weight)
-    best_cost = torch.full_like(weight[:1], torch.inf)
+    best_steps = torch.cat([column_scales(m, bits).double().expand(len(m), -1) for m in matrices])
+    best_codes = torch.clamp(torch.round(weight / best_steps), -QMAX[bits], QMAX[bits])
+    best_cost = _cost(best_codes * best_steps - weight, hessian)  # rounded to nearest: never worse than that
     for ratio in RANGES[bits]:
         steps = torch.cat([_steps(m, ratio, bits) for m in matrices])
         codes = _rounded(weight, hessian, steps, bits)
-        error = codes * steps - weight
-        cost = (error * (hessian @ error)).sum(0, keepdim=True)
+        cost = _cost(codes * steps - weight, hessian)
         better = cost < best_cost
-        best_codes, best_steps = (
-            torch.where(better, codes, best_codes),
-            torch.where(better, steps, best_steps),
-        )
+        best_codes = torch.where(better, codes, best_codes)
+        best_steps = torch.where(better, steps, best_steps)
         best_cost = torch.where(better, cost, best_cost)
     return best_codes, best_steps
+
+
+def _cost(error: Tensor, hessian: Tensor) -> Tensor:
+    """``e^T H e`` of every column: (1, out)."""
+    return (error * (hessian @ error)).sum(0, keepdim=True)
 
 
 def _steps(matrix: Tensor, ratio: float, bits: int) -> Tensor:

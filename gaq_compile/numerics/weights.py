@@ -40,11 +40,7 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, bits: int) -> tuple[Tensor
         IrrepsError: if the weights do not fit the spec.
         GaqError: if a weight is not finite.
     """
-    if bits not in QMAX:
-        raise ConfigError(f"weights of {bits} bits are not supported", where=str(spec), fix="use 8 or 4")
-    _check(weight, spec.weight_numel, "weights", spec)
-    if not bool(torch.isfinite(weight).all()):
-        raise GaqError("a weight is NaN or infinite", where=str(spec), fix="check the model's parameters")
+    check_weight(weight, spec, bits)
     codes = torch.empty(spec.weight_numel, dtype=torch.int8, device=weight.device)
     scale = torch.empty(spec.scale_numel, dtype=torch.float32, device=weight.device)
     for path in spec.paths:
@@ -53,6 +49,15 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, bits: int) -> tuple[Tensor
         codes[path.offset : path.offset + path.numel] = round_columns(columns, s, bits).flatten()
         scale[path.scale_offset : path.scale_offset + path.block_out.mul] = s
     return codes, scale
+
+
+def check_weight(weight: Tensor, spec: LinearSpec, bits: int) -> None:
+    """Refuse weights that cannot be rounded; raises what :func:`quantize_weight` says."""
+    if bits not in QMAX:
+        raise ConfigError(f"weights of {bits} bits are not supported", where=str(spec), fix="use 8 or 4")
+    _check(weight, spec.weight_numel, "weights", spec)
+    if not bool(torch.isfinite(weight).all()):
+        raise GaqError("a weight is NaN or infinite", where=str(spec), fix="check the model's parameters")
 
 
 def dequantize_weight(codes: Tensor, scale: Tensor, spec: LinearSpec) -> Tensor:

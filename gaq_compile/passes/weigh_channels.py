@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ..capture.graphs import EDGE_VECTORS, GraphFormat
+from ..errors import StructureError
 from ..ir.specs import linear_spec
 from ..numerics.second_order import Irrep, channel_hessians
 from .graph_tools import gaq
@@ -48,6 +49,9 @@ def weigh_channels(
         form: its inputs.
         batches: positional inputs of the graph, one entry per calibration batch.
         progress: show a progress bar.
+
+    Raises:
+        StructureError: if calibration meets NaN or infinite activations or gradients.
     """
     found: Hessians = {}
     random = torch.Generator().manual_seed(0)
@@ -67,6 +71,12 @@ def weigh_channels(
                 )
                 here.add_varied(found, ahead, behind, share / DRAWS)
                 bar.advance(task, 2)
+    for label, hessians in found.items():
+        if not all(bool(torch.isfinite(h).all()) for h in hessians.values()):
+            raise StructureError(
+                f"inputs or gradients of {label} are not finite during calibration",
+                fix="look at the structures: atoms too close, or outside what the potential knows",
+            )
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,7 +14,14 @@ from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 from ase.neighborlist import neighbor_list
 
-from gaq_compile.capture.graphs import TENSOR_NAMES, GraphFormat, collate, neighbours
+from gaq_compile.capture.graphs import (
+    TENSOR_NAMES,
+    CalibratedRange,
+    GraphFormat,
+    calibrated_range,
+    collate,
+    neighbours,
+)
 from gaq_compile.errors import StructureError, UnknownElementError
 
 FORM = GraphFormat(TENSOR_NAMES, 3.0, 6.0, elements=(1, 6, 8))
@@ -111,6 +120,20 @@ def test_unknown_elements_are_named():
     with pytest.raises(UnknownElementError, match="X"):
         collate([Atoms("X")], FORM)
     assert collate([bulk("Cu")], GraphFormat(("numbers",), 3.0))["numbers"].tolist() == [29]
+
+
+def test_calibrated_range():
+    form = GraphFormat(("numbers", "edge_vec", "receivers"), 3.0)
+    salt, copper = (collate([bulk(*a) * (2, 2, 2)], form) for a in (("NaCl", "rocksalt", 5.6), ("Cu",)))
+    whole, elements = calibrated_range([salt], True), calibrated_range([salt], False)
+    assert whole == CalibratedRange((11, 17), 6, 6, pytest.approx(2.8, abs=1e-5))
+    assert CalibratedRange.from_dict(json.loads(json.dumps(asdict(whole)))) == whole
+    for found in (whole, elements):
+        assert found.complaint(salt) is None and "calibrated were Na, Cl, not Cu" in found.complaint(copper)
+    dense = collate([bulk("NaCl", "rocksalt", 4.2) * (2, 2, 2)], form)
+    assert "neighbours" in whole.complaint(dense) and elements.complaint(dense) is None
+    near = collate([bulk("NaCl", "rocksalt", 4.9) * (2, 2, 2)], form)
+    assert "distance of 2.45" in whole.complaint(near)
 
 
 def test_nothing_and_rubbish():

@@ -12,6 +12,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Limits:
                 )
         sizes = {name: tuple(tensors[name].shape) for name in names}
         for condition in self.conditions:
-            if not _value(_parsed(condition), sizes):
+            if not _holds(condition, sizes):
                 raise StructureError(
                     f"the captured graph holds only where {condition}",
                     where=", ".join(f"{name} {shape}" for name, shape in sizes.items()),
@@ -146,6 +147,14 @@ def _renamed(match: re.Match[str], names: Sequence[str], parameters: Sequence[st
     return f"{names[place]}.shape[{axis}]"
 
 
+def _holds(condition: str, sizes: Mapping[str, tuple[int, ...]]) -> bool:
+    try:
+        return bool(_value(_parsed(condition), sizes))
+    except (KeyError, IndexError, ZeroDivisionError):  # sizes that the condition cannot even be asked of
+        return False
+
+
+@lru_cache(maxsize=1024)
 def _parsed(text: str) -> ast.expr:
     try:
         tree = ast.parse(text, mode="eval").body
@@ -154,8 +163,17 @@ def _parsed(text: str) -> ast.expr:
     for node in ast.walk(tree):
         if not isinstance(node, _ALLOWED) or (isinstance(node, ast.Constant) and type(node.value) is not int):
             raise ValueError(f"{text!r} is no comparison of sizes")
+        if isinstance(node, ast.Subscript) and not _is_size(node):
+            raise ValueError(f"{text!r} asks for something else than sizes")
     _comparison(tree)
     return tree
+
+
+def _is_size(node: ast.Subscript) -> bool:
+    """``name.shape[axis]``."""
+    owner = node.value
+    named = isinstance(owner, ast.Attribute) and owner.attr == "shape" and isinstance(owner.value, ast.Name)
+    return named and isinstance(node.slice, ast.Constant)
 
 
 _ALLOWED = (

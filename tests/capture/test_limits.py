@@ -100,11 +100,29 @@ def test_refused(tensors, message):
 
 @pytest.mark.parametrize(
     "text",
-    ["__import__('os').getcwd()", "x.shape[0]", "1", "x.shape[0] == 1.5", "x.shape[0] == (", "[1] == 1", "("],
+    [
+        "__import__('os').getcwd()",
+        "x.shape[0]",
+        "1",
+        "x.shape[0] == 1.5",
+        "x.shape[0] == (",
+        "[1] == 1",
+        "(",
+        "x[0] == 1",
+        "x.data[0] == 1",
+        "x.shape[y.shape[0]] == 1",
+    ],
 )
 def test_conditions_are_comparisons_of_sizes_and_nothing_else(text):
     with pytest.raises(ValueError):
         Limits.from_dict({**LIMITS.to_dict(), "conditions": [text]})
+
+
+@pytest.mark.parametrize("text", ["x.shape[7] == 3", "z.shape[0] == 3", "x.shape[0] % 0 == 1"])
+def test_conditions_that_cannot_be_asked_do_not_hold(text):
+    limits = Limits.from_dict({**LIMITS.to_dict(), "conditions": [text]})
+    with pytest.raises(StructureError, match="holds only where"):
+        limits.check(_pair(), ("x", "i"))
 
 
 def test_other_assumptions_are_refused():

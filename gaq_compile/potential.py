@@ -13,13 +13,20 @@ from ase import Atoms
 from torch import Tensor
 from torch.fx import GraphModule
 
-from .capture.frames import own_frame, turned
-from .capture.graphs import CalibratedRange, GraphFormat, Tensors, check_tensors, collate
-from .capture.structures import check_structure
+from .capture.frames import own_frame
+from .capture.graphs import (
+    CalibratedRange,
+    GraphFormat,
+    Tensors,
+    check_structures,
+    check_tensors,
+    collate,
+)
 from .config import QuantConfig, rounds_only_invariants
 from .errors import CalibrationWarning
 from .passes.derive_forces import outputs
 from .verify.report import Report
+from .verify.structures import rotated
 from .verify.types import Prediction
 
 
@@ -80,7 +87,7 @@ class Potential:
         where rounded activations may have saturated.
         """
         structures, frames = self._in_frames(structures)
-        tensors = collate(structures, self.form)
+        tensors = collate(structures, self.form, check=not self.framed)  # turned ones have been checked
         complaint = self.calibrated.complaint(tensors) if self.calibrated else None
         if complaint:
             warnings.warn(
@@ -100,10 +107,9 @@ class Potential:
         """The structures as they are evaluated, and how each was turned for it."""
         if not self.framed:
             return structures, [None] * len(structures)
-        for atoms in structures:
-            check_structure(atoms)
+        check_structures(structures, self.form)
         frames = [own_frame(atoms) for atoms in structures]
-        return [turned(atoms, frame) for atoms, frame in zip(structures, frames, strict=True)], frames
+        return [rotated(atoms, frame) for atoms, frame in zip(structures, frames, strict=True)], frames
 
     def evaluate(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Raw outputs for the graph's own tensors.

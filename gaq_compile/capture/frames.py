@@ -45,11 +45,3 @@ def _cell_frame(atoms: Atoms) -> np.ndarray:
     y = b - (b @ x) * x
     y = y / np.linalg.norm(y)
     return np.stack([x, y, np.cross(x, y)])
-
-
-def turned(atoms: Atoms, rotation: np.ndarray) -> Atoms:
-    """A copy of a structure with positions and cell turned: ``x' = x @ rotation.T``."""
-    copy = Atoms(numbers=atoms.numbers, positions=atoms.positions @ rotation.T, pbc=atoms.pbc)
-    copy.set_cell(atoms.cell.array @ rotation.T)
-    copy.info.update({k: v for k, v in atoms.info.items() if k in ("charge", "spin")})
-    return copy

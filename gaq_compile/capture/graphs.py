@@ -6,7 +6,7 @@ Edges are directed pairs within the cutoff: receiver ``i``, sender ``j``, edge v
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,11 @@ class GraphFormat:
     positions: str | None = None
     limits: Limits | None = None
 
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """The inputs that forces are derivatives by: edge vectors, or positions of their own."""
+        return (self.positions,) if self.positions else tuple(n for n in self.inputs if n in EDGE_VECTORS)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "inputs": list(self.inputs),
@@ -160,9 +165,7 @@ def collate(structures: Sequence[Atoms], form: GraphFormat, *, check: bool = Tru
     if not structures:
         raise StructureError("no structures were given", fix="pass an ase.Atoms or a list of them")
     if check:
-        for index, atoms in enumerate(structures):
-            check_structure(atoms)
-            _check_elements(atoms, form, index)
+        check_structures(structures, form)
     sizes = [len(atoms) for atoms in structures]
     ptr = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     found: dict[str, np.ndarray] = {
@@ -176,6 +179,13 @@ def collate(structures: Sequence[Atoms], form: GraphFormat, *, check: bool = Tru
     if form.cutoff_lr is not None:
         found |= _edges(structures, ptr, form.cutoff_lr, "_lr")
     return {name: _tensor(found[name]) for name in form.inputs}
+
+
+def check_structures(structures: Sequence[Atoms], form: GraphFormat) -> None:
+    """Refuse structures that the potential cannot evaluate; raises what :func:`collate` says."""
+    for index, atoms in enumerate(structures):
+        check_structure(atoms)
+        _check_elements(atoms.numbers, form, f"structure {index}, {len(atoms)} atoms")
 
 
 def _numbers(structures: Sequence[Atoms], name: str) -> np.ndarray:
@@ -226,14 +236,7 @@ def check_tensors(tensors: Mapping[str, Tensor], form: GraphFormat) -> None:
 def _check_graph(tensors: Mapping[str, Tensor], form: GraphFormat) -> None:
     """The tensors of :func:`collate`: elements, indices into the atoms, and the division into graphs."""
     atoms = len(tensors["numbers"])
-    if form.elements:
-        unknown = sorted(set(tensors["numbers"].tolist()) - set(form.elements))
-        if unknown:
-            raise UnknownElementError(
-                f"the potential does not know {_symbols(unknown)}",
-                where="the tensor 'numbers'",
-                fix="use a potential trained on these elements",
-            )
+    _check_elements(tensors["numbers"].tolist(), form, "the tensor 'numbers'")
     for vectors, ends in EDGE_VECTORS.items():
         for name in ends if vectors in form.inputs else ():
             index = tensors[name]
@@ -277,11 +280,11 @@ def _edges(structures: Sequence[Atoms], ptr: np.ndarray, cutoff: float, suffix: 
     }
 
 
-def _check_elements(atoms: Atoms, form: GraphFormat, index: int) -> None:
-    unknown = sorted({int(z) for z in atoms.numbers} - set(form.elements)) if form.elements else []
+def _check_elements(numbers: Iterable[int], form: GraphFormat, where: str) -> None:
+    unknown = sorted({int(z) for z in numbers} - set(form.elements)) if form.elements else []
     if unknown:
         raise UnknownElementError(
             f"the potential does not know {_symbols(unknown)}",
-            where=f"structure {index}, {len(atoms)} atoms",
+            where=where,
             fix="use a potential trained on these elements",
         )

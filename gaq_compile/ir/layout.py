@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from e3nn.o3 import Irreps
+from torch import Tensor
 
 from ..errors import IrrepsError
 
@@ -103,3 +104,13 @@ def permutation(irreps: str, to: str) -> tuple[int, ...]:
     for here, there in enumerate(forward):
         inverse[there] = here
     return tuple(inverse)
+
+
+def view(x: Tensor, block: Block) -> Tensor:
+    """A block of a component-major tensor (n, dim) as (n, 2l+1, mul); a view."""
+    rows = x.shape[0]
+    return x.as_strided(
+        (rows, block.components, block.mul),
+        (x.stride(0), block.stride * x.stride(1), x.stride(1)),
+        x.storage_offset() + block.base * x.stride(1),
+    )

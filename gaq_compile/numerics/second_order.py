@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..ir.layout import Block
+from ..ir.layout import Block, view
 from ..ir.specs import LinearPath, LinearSpec
 from .weights import QMAX, TINY, check_weight, column_scales, dequantize_weight
 
@@ -38,15 +38,10 @@ def channel_hessians(x: Tensor, spec: LinearSpec, weight: Tensor | None = None) 
     """
     found = {}
     for irrep in dict.fromkeys((b.l, b.p) for b in spec.inputs):
-        rows = torch.cat([_channels(x, b) for b in spec.inputs if (b.l, b.p) == irrep], dim=2).double()
+        rows = torch.cat([view(x, b) for b in spec.inputs if (b.l, b.p) == irrep], dim=2).double()
         scaled = rows if weight is None else rows * weight.double()[:, None, None]
         found[irrep] = torch.einsum("nmu,nmv->uv", scaled, rows)
     return found
-
-
-def _channels(x: Tensor, block: Block) -> Tensor:
-    columns = [x[:, block.base + m * block.stride :][:, : block.mul] for m in range(block.components)]
-    return torch.stack(columns, dim=1)
 
 
 def round_second_order(
@@ -97,9 +92,13 @@ def _best_range(matrices: list[Tensor], hessian: Tensor, bits: int) -> tuple[Ten
     best_steps = torch.cat([column_scales(m, bits).double().expand(len(m), -1) for m in matrices])
     best_codes = torch.clamp(torch.round(weight / best_steps), -QMAX[bits], QMAX[bits])
     best_cost = _cost(best_codes * best_steps - weight, hessian)  # rounded to nearest: never worse than that
+    order = torch.argsort(hessian.diagonal(), descending=True)  # the largest channel is rounded first
+    back, h = torch.argsort(order), hessian[order][:, order]
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     for ratio in RANGES[bits]:
         steps = torch.cat([_steps(m, ratio, bits) for m in matrices])
-        codes = _rounded(weight, hessian, steps, bits)
+        w, s = weight[order], steps[order]
+        codes = _descended(w, h, s, _gptq(w, inverse, s, QMAX[bits]), QMAX[bits])[back]
         cost = _cost(codes * steps - weight, hessian)
         better = cost < best_cost
         best_codes = torch.where(better, codes, best_codes)
@@ -140,16 +139,8 @@ def _channel_places(spec: LinearSpec) -> dict[Block, int]:
     return places
 
 
-def _rounded(weight: Tensor, hessian: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Codes (in, out) that make ``tr(E^T H E)`` small; GPTQ from the largest channel, then descent."""
-    order = torch.argsort(hessian.diagonal(), descending=True)
-    h, w, s = hessian[order][:, order], weight[order], step[order]
-    codes = _descended(w, h, s, _gptq(w, h, s, QMAX[bits]), QMAX[bits])
-    return codes[torch.argsort(order)]
-
-
-def _gptq(weight: Tensor, hessian: Tensor, step: Tensor, qmax: int) -> Tensor:
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+def _gptq(weight: Tensor, inverse: Tensor, step: Tensor, qmax: int) -> Tensor:
+    """Codes (in, out), row after row; ``inverse`` is the upper Cholesky factor of H^-1."""
     left, codes = weight.clone(), torch.zeros_like(weight)
     for i in range(len(left)):
         codes[i] = torch.clamp(torch.round(left[i] / step[i]), -qmax, qmax)
@@ -159,6 +150,7 @@ def _gptq(weight: Tensor, hessian: Tensor, step: Tensor, qmax: int) -> Tensor:
 
 
 def _descended(weight: Tensor, hessian: Tensor, step: Tensor, codes: Tensor, qmax: int) -> Tensor:
+    """Codes after coordinate descent on ``tr(E^T H E)``, a row at a time."""
     error = codes * step - weight
     pull = hessian @ error
     for _ in range(SWEEPS):

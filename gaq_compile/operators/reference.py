@@ -14,20 +14,10 @@ from e3nn import o3
 from torch import Tensor
 
 from ..errors import IrrepsError
-from ..ir.layout import Block, blocks, dim, permutation, simplified
+from ..ir.layout import Block, blocks, dim, permutation, simplified, view
 from ..ir.specs import gate_spec, linear_spec, tensor_product_spec
 from ..numerics.gradients import fake_quantize_gradient
 from . import activations, harmonics
-
-
-def view(x: Tensor, block: Block) -> Tensor:
-    """A block of a component-major tensor (n, dim) as (n, 2l+1, mul); a view."""
-    rows = x.shape[0]
-    return x.as_strided(
-        (rows, block.components, block.mul),
-        (x.stride(0), block.stride * x.stride(1), x.stride(1)),
-        x.storage_offset() + block.base * x.stride(1),
-    )
 
 
 def relayout(x: Tensor, irreps: str, to: str) -> Tensor:

@@ -53,7 +53,7 @@ def derive_forces(graph_module: GraphModule, form: GraphFormat, example: Sequenc
     }
     keys = list(state)
     names = form.inputs
-    vectors = [form.positions] if form.positions else [name for name in names if name in EDGE_VECTORS]
+    vectors = form.vectors
 
     def energy_and_forces(weights: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
         named = dict(zip(names, inputs, strict=True))

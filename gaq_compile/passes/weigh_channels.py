@@ -87,11 +87,12 @@ def _atoms(inputs: Mapping[str, Tensor], form: GraphFormat) -> int:
 def _moved(inputs: Mapping[str, Tensor], form: GraphFormat, move: Tensor) -> dict[str, Tensor]:
     """The inputs after a displacement (N, 3) of the atoms, with the same edges."""
     moved = dict(inputs)
-    if form.positions:
-        moved[form.positions] = inputs[form.positions] + move.to(inputs[form.positions].dtype)
-    for name, (receivers, senders) in EDGE_VECTORS.items():
-        if name in inputs and not form.positions:
-            moved[name] = inputs[name] + move[inputs[senders]] - move[inputs[receivers]]
+    for name in form.vectors:
+        step = move
+        if name != form.positions:
+            receivers, senders = (inputs[end] for end in EDGE_VECTORS[name])
+            step = move[senders] - move[receivers]
+        moved[name] = inputs[name] + step.to(inputs[name].dtype)
     return moved
 
 
@@ -106,9 +107,8 @@ class _Rows:
     @staticmethod
     def of(graph_module: GraphModule, form: GraphFormat, inputs: Mapping[str, Tensor]) -> _Rows:
         """Evaluate the energy and its gradient."""
-        vectors = (form.positions,) if form.positions else tuple(EDGE_VECTORS)
         leaves = [
-            value.detach().requires_grad_(True) if name in vectors else value
+            value.detach().requires_grad_(True) if name in form.vectors else value
             for name, value in inputs.items()
         ]
         recorder = _Recorder(graph_module)

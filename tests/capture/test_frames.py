@@ -8,7 +8,7 @@ from ase.build import bulk, fcc111, molecule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaq_compile.capture.frames import own_frame, turned
+from gaq_compile.capture.frames import own_frame
 from gaq_compile.verify.structures import random_rotations, rattled, rotated
 
 STRUCTURES = {
@@ -23,9 +23,9 @@ STRUCTURES = {
 def test_the_same_in_every_orientation(name, seed):
     atoms = STRUCTURES[name]
     (rotation,) = random_rotations(1, seed)
-    here = turned(atoms, own_frame(atoms))
+    here = rotated(atoms, own_frame(atoms))
     there = rotated(atoms, rotation)
-    again = turned(there, own_frame(there))
+    again = rotated(there, own_frame(there))
     x, y = (a.positions - a.positions[0] for a in (here, again))
     assert np.abs(x - y).max() < 1e-10
     assert np.abs(here.cell.array - again.cell.array).max() < 1e-10
@@ -37,7 +37,7 @@ def test_mirror_images_stay_mirror_images():
     atoms = STRUCTURES["molecule"]
     mirrored = atoms.copy()
     mirrored.positions[:, 0] *= -1
-    a, b = (turned(m, own_frame(m)) for m in (atoms, mirrored))
+    a, b = (rotated(m, own_frame(m)) for m in (atoms, mirrored))
     assert np.abs((a.positions - a.positions[0]) - (b.positions - b.positions[0])).max() > 0.1
 
 
@@ -49,5 +49,5 @@ def test_without_axes_of_its_own_a_structure_is_left_alone(name):
 
 def test_charge_and_spin_go_along():
     water = molecule("H2O")
-    water.info.update(charge=1.0, spin=0.5, name="water")
-    assert turned(water, own_frame(water)).info == {"charge": 1.0, "spin": 0.5}
+    water.info.update(charge=1.0, spin=0.5)
+    assert rotated(water, own_frame(water)).info == {"charge": 1.0, "spin": 0.5}

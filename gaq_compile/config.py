@@ -18,18 +18,20 @@ from typing import Any, Literal
 
 from .errors import ConfigError
 
-VERSION = 1
+VERSION = 2
 
 # Weights of 8 bits and float activations keep the energy smooth, so the forces stay its gradient;
 # any rounded activation makes the energy piecewise constant and is therefore a choice, not a default.
 DEFAULT_SCHEME = "w8"
 
 OBSERVERS = ("minmax", "percentile", "mse")
+GRANULARITIES = ("channel", "block")
 ROUNDINGS = ("second-order", "nearest")
 WEIGHT_BITS = (4, 8)
+WIDE_SHARE = 0.1  # of the multiplications, for 8-bit activations (docs/numerics.md)
 FOUR_BIT_SHARE = 0.148  # of float32's bytes; all weights at 4 bits take 0.135 to 0.139 with their scales
 
-_ACTIVATION = re.compile(r"s(\d{1,2}) (?:c(\d{1,2})|m(\d{1,2})(?:d(\d{1,2})|exact))")
+_ACTIVATION = re.compile(r"s(\d{1,2}) (?:c(\d{1,2})|m(\d{1,2})(?:d(\d{1,2})|exact))( common)?")
 _ACTIVATION_FIX = "write e.g. 's8 m8d8', 's8 c8', 's16 m16d16' or 's8 m8exact'"
 _OPERAND_MAX = 32767  # vector operands are 16-bit integers
 
@@ -44,6 +46,8 @@ class ActivationScheme:
             ``"exact"`` (integer magnitude, float direction) or ``"component"`` (geometry ignored).
         vector_bits: bits of the magnitude, or of each component, 2 to 16.
         direction_bits: bits of a direction's component, 4 to 16; 0 unless ``vector`` is "mddq".
+        common: whether the channels of a block, each with a step of its own, come on one common
+            grid of 16 bits before they are multiplied, so that weights need not hold the steps.
 
     Raises:
         ConfigError: for bits outside these ranges or an unknown kind of vector.
@@ -53,6 +57,7 @@ class ActivationScheme:
     vector: Literal["mddq", "exact", "component"]
     vector_bits: int
     direction_bits: int = 0
+    common: bool = False
 
     def __post_init__(self) -> None:
         known = self.vector in ("mddq", "exact", "component")
@@ -66,10 +71,13 @@ class ActivationScheme:
                 fix=_ACTIVATION_FIX,
             )
 
-    @property
-    def fraction_bits(self) -> int:
-        """f: an mddq operand is the vector in units of ``scale * 2**-f``."""
-        return max(0, 15 - self.vector_bits) if self.vector == "mddq" else 0
+    def fraction_bits(self, l: int) -> int:
+        """f: an operand comes in units of ``2**-f`` of the step (of a block's largest, if common)."""
+        if l and self.vector == "mddq":
+            return max(0, 15 - self.vector_bits)
+        if self.common and not (l and self.vector == "exact"):
+            return 16 - (self.vector_bits if l else self.scalar_bits)
+        return 0
 
     @property
     def direction_levels(self) -> int:
@@ -86,13 +94,14 @@ class ActivationScheme:
 
     def operand_max(self, l: int) -> int:
         """The largest absolute value of an operand integer X (``"exact"``: of a float)."""
-        return self.qmax(l) * (2**self.fraction_bits if l else 1)
+        return self.qmax(l) * 2 ** self.fraction_bits(l)
 
     def __str__(self) -> str:
+        end = " common" if self.common else ""
         if self.vector == "component":
-            return f"s{self.scalar_bits} c{self.vector_bits}"
+            return f"s{self.scalar_bits} c{self.vector_bits}{end}"
         tail = "exact" if self.vector == "exact" else f"d{self.direction_bits}"
-        return f"s{self.scalar_bits} m{self.vector_bits}{tail}"
+        return f"s{self.scalar_bits} m{self.vector_bits}{tail}{end}"
 
 
 @lru_cache(maxsize=256)
@@ -108,12 +117,13 @@ def activation_scheme(text: str) -> ActivationScheme:
     match = _ACTIVATION.fullmatch(text)
     if match is None:
         raise ConfigError(f"unknown activation scheme {text!r}", fix=_ACTIVATION_FIX)
-    scalar, component, magnitude, direction = match.groups()
+    scalar, component, magnitude, direction, end = match.groups()
+    common = end is not None
     if component:
-        return ActivationScheme(int(scalar), "component", int(component))
+        return ActivationScheme(int(scalar), "component", int(component), common=common)
     if direction:
-        return ActivationScheme(int(scalar), "mddq", int(magnitude), int(direction))
-    return ActivationScheme(int(scalar), "exact", int(magnitude))
+        return ActivationScheme(int(scalar), "mddq", int(magnitude), int(direction), common)
+    return ActivationScheme(int(scalar), "exact", int(magnitude), common=common)
 
 
 def _check_precision(weight_bits: Any, activation: Any, where: str) -> None:
@@ -170,12 +180,15 @@ class QuantConfig:
         weight_bits: 8, 4 or None for float32.
         activation: an activation scheme such as "s8 m8d8", or None for float32.
         observer: "minmax", "percentile" or "mse".
+        granularity: what has an activation step of its own: every "channel" or every "block" of irreps.
         headroom: factor >= 1 on the range that "minmax" saw: a value beyond the calibrated
             range is clipped, which is a silent error.
         rounding: how weights become integers: "second-order" (together, against what the energy
             and the forces feel of each error) or "nearest" (one by one).
         max_weight_share: if given, the layers that suffer most from fewer bits get 8, as long as
             all weights take at most this share of their float32 bytes.
+        max_wide_share: if given, the activations that cost most per multiplication get 16 bits, as
+            long as these take at most this share of the multiplications.
         overrides: per-layer precision; the last matching pattern wins.
         version: the version of this format.
 
@@ -187,9 +200,11 @@ class QuantConfig:
     weight_bits: int | None = None
     activation: str | None = None
     observer: str = "minmax"
+    granularity: str = "channel"
     headroom: float = 1.1
     rounding: str = "second-order"
     max_weight_share: float | None = None
+    max_wide_share: float | None = None
     overrides: tuple[Override, ...] = ()
     version: int = VERSION
 
@@ -212,11 +227,16 @@ class QuantConfig:
             raise ConfigError(
                 f"unknown rounding {self.rounding!r}", where=where, fix=f"use one of {', '.join(ROUNDINGS)}"
             )
-        share = self.max_weight_share
-        if share is not None and not (type(share) in (int, float) and 0.0 < share < math.inf):
+        if self.granularity not in GRANULARITIES:
             raise ConfigError(
-                f"max_weight_share must be a positive number or None, not {share!r}", where=where
+                f"unknown granularity {self.granularity!r}",
+                where=where,
+                fix=f"use one of {', '.join(GRANULARITIES)}",
             )
+        for name in ("max_weight_share", "max_wide_share"):
+            share = getattr(self, name)
+            if share is not None and not (type(share) in (int, float) and 0.0 < share < math.inf):
+                raise ConfigError(f"{name} must be a positive number or None, not {share!r}", where=where)
         number = isinstance(self.headroom, int | float) and not isinstance(self.headroom, bool)
         if not (number and 1.0 <= self.headroom < math.inf):
             raise ConfigError(
@@ -230,6 +250,11 @@ class QuantConfig:
                 where=where,
                 fix="resolve(scheme, {'pattern': 'w8'}) builds them",
             )
+
+    @property
+    def weighs_errors(self) -> bool:
+        """Whether what errors cost decides anything."""
+        return self.rounds_together or self.max_wide_share is not None
 
     @property
     def rounds_together(self) -> bool:
@@ -326,8 +351,10 @@ def preset(name: str) -> QuantConfig:
         name,
         layer.weight_bits,
         layer.activation,
+        granularity="block" if name.startswith("naive") else "channel",
         rounding="nearest" if name.startswith("naive") else "second-order",
         max_weight_share=FOUR_BIT_SHARE if layer.weight_bits == 4 else None,
+        max_wide_share=WIDE_SHARE if name.endswith("a8") and not name.startswith("naive") else None,
     )
 
 

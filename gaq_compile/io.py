@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .potential import Potential
 
 MAGIC = "gaq_compile"
-VERSION = 1
+VERSION = 2
 
 _INTEGER_ARITHMETIC: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")

@@ -16,8 +16,10 @@ from gaq_compile import config as config_module
 from gaq_compile.config import (
     DEFAULT_SCHEME,
     FOUR_BIT_SHARE,
+    GRANULARITIES,
     OBSERVERS,
     PRESETS,
+    WIDE_SHARE,
     ActivationScheme,
     LayerConfig,
     Override,
@@ -33,8 +35,10 @@ from gaq_compile.errors import ConfigError
 BITS = st.sampled_from([None, 4, 8])
 WIDTHS = st.integers(2, 16)
 SCHEMES = st.one_of(
-    st.builds(ActivationScheme, WIDTHS, st.just("mddq"), WIDTHS, st.integers(4, 16)),
-    st.builds(ActivationScheme, WIDTHS, st.sampled_from(["exact", "component"]), WIDTHS),
+    st.builds(ActivationScheme, WIDTHS, st.just("mddq"), WIDTHS, st.integers(4, 16), st.booleans()),
+    st.builds(
+        ActivationScheme, WIDTHS, st.sampled_from(["exact", "component"]), WIDTHS, common=st.booleans()
+    ),
 )
 ACTIVATIONS = st.none() | SCHEMES.map(str)
 CONFIGS = st.builds(
@@ -43,6 +47,7 @@ CONFIGS = st.builds(
     weight_bits=BITS,
     activation=ACTIVATIONS,
     observer=st.sampled_from(OBSERVERS),
+    granularity=st.sampled_from(GRANULARITIES),
     headroom=st.floats(1.0, 10.0),
     overrides=st.lists(st.builds(Override, st.text(min_size=1), BITS, ACTIVATIONS), max_size=4).map(tuple),
 )
@@ -56,25 +61,37 @@ def test_activation_scheme_round_trips_through_its_string(scheme: ActivationSche
 @pytest.mark.parametrize(
     ("text", "qmax", "fraction_bits", "operand_max"),
     [
-        ("s8 m8d8", (127, 255), 7, (127, 32640)),
-        ("s8 c8", (127, 127), 0, (127, 127)),
-        ("s16 m16d16", (32767, 32767), 0, (32767, 32767)),
-        ("s8 m8exact", (127, 255), 0, (127, 255)),
-        ("s12 m12d10", (2047, 4095), 3, (2047, 32760)),
+        ("s8 m8d8", (127, 255), (0, 7), (127, 32640)),
+        ("s8 c8", (127, 127), (0, 0), (127, 127)),
+        ("s16 m16d16", (32767, 32767), (0, 0), (32767, 32767)),
+        ("s8 m8exact", (127, 255), (0, 0), (127, 255)),
+        ("s12 m12d10", (2047, 4095), (0, 3), (2047, 32760)),
+        ("s8 m8d8 common", (127, 255), (8, 7), (32512, 32640)),
+        ("s8 c8 common", (127, 127), (8, 8), (32512, 32512)),
+        ("s16 m16d16 common", (32767, 32767), (0, 0), (32767, 32767)),
+        ("s8 m8exact common", (127, 255), (8, 0), (32512, 255)),
+        ("s12 c4 common", (2047, 7), (4, 12), (32752, 28672)),
     ],
 )
 def test_activation_scheme_ranges(
-    text: str, qmax: tuple[int, int], fraction_bits: int, operand_max: tuple[int, int]
+    text: str, qmax: tuple[int, int], fraction_bits: tuple[int, int], operand_max: tuple[int, int]
 ) -> None:
     scheme = activation_scheme(text)
     assert (scheme.qmax(0), scheme.qmax(2)) == qmax
     assert (scheme.operand_max(0), scheme.operand_max(2)) == operand_max
-    assert scheme.fraction_bits == fraction_bits
+    assert tuple(scheme.fraction_bits(l) for l in (0, 2)) == fraction_bits
+    assert scheme.common == text.endswith("common")
+
+
+@given(SCHEMES)
+def test_operands_fit_into_16_bits(scheme: ActivationScheme) -> None:
+    assert all(scheme.qmax(l) <= scheme.operand_max(l) <= 32767 for l in range(4))
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "s8", "m8d8", "s8 m8", "s8 m8d3", "s8 m8d17", "s1 c8", "s8 c17", "s8 m8d8 ", "S8 c8", "s8 c8d8"],
+    ["", "s8", "m8d8", "s8 m8", "s8 m8d3", "s8 m8d17", "s1 c8", "s8 c17", "s8 m8d8 ", "S8 c8", "s8 c8d8"]
+    + ["s8 m8d8common", "s8 m8d8  common", "s8 common", "common", "s8 c8 common common", "s8 c8 Common"],
 )
 def test_malformed_activation_schemes_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
@@ -91,7 +108,8 @@ def test_config_round_trips_through_json(config: QuantConfig) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
+        {"version": 1},
+        {"version": 3},
         {"version": True},
         {"version": None},
         {"extra": 1},
@@ -102,6 +120,9 @@ def test_config_round_trips_through_json(config: QuantConfig) -> None:
         {"activation": 8},
         {"observer": "guess"},
         {"observer": ["minmax"]},
+        {"granularity": "tensor"},
+        {"granularity": None},
+        {"granularity": ["channel"]},
         {"headroom": 0.9},
         {"headroom": "1.1"},
         {"headroom": float("nan")},
@@ -119,7 +140,7 @@ def test_json_with_wrong_values_is_refused(change: dict[str, object]) -> None:
         QuantConfig.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", '{"version": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", '{"version": 2}'])
 def test_text_that_is_no_configuration_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         QuantConfig.from_json(text)
@@ -144,12 +165,34 @@ def test_presets(name: str, weight_bits: int | None, activation: str | None) -> 
     config = preset(name)
     rounding = "nearest" if name == "naive-w8a8" else "second-order"
     share = FOUR_BIT_SHARE if weight_bits == 4 else None
-    assert config == QuantConfig(name, weight_bits, activation, "minmax", 1.1, rounding, share)
+    granularity = "block" if name == "naive-w8a8" else "channel"
+    assert config == QuantConfig(
+        name,
+        weight_bits,
+        activation,
+        "minmax",
+        granularity,
+        1.1,
+        rounding,
+        max_weight_share=share,
+        max_wide_share=WIDE_SHARE if name.endswith("a8") and name != "naive-w8a8" else None,
+    )
     assert config.rounds_together == (weight_bits is not None and name != "naive-w8a8")
     assert rounds_only_invariants(config) == name.startswith("exact")
     assert config.for_layer("any.layer") == LayerConfig(weight_bits, activation)
     assert is_conservative(config) == (name in ("fp32", "w8", "w4"))
     assert name in PRESETS
+
+
+def test_configurations_of_the_first_version_are_refused() -> None:
+    """They say nothing of the granularity, and their steps were one per block."""
+    data = json.loads(preset("w8a8").to_json())
+    assert data["version"] == 2 and data["granularity"] == "channel"
+    del data["granularity"]
+    with pytest.raises(ConfigError, match="version"):
+        QuantConfig.from_json(json.dumps(data | {"version": 1}))
+    with pytest.raises(ConfigError):
+        QuantConfig.from_json(json.dumps(data))
 
 
 def test_the_default_scheme_has_true_forces() -> None:

@@ -25,12 +25,15 @@ from gaq_compile.capture.graphs import GraphFormat, collate
 from gaq_compile.config import resolve
 from gaq_compile.errors import FileFormatError, GaqError
 from gaq_compile.io import MAGIC, _checksum, read
+from gaq_compile.passes.calibrate import quantization_sites
 from gaq_compile.passes.derive_forces import derive_forces
 from gaq_compile.passes.fold_integers import fold_integers
 from gaq_compile.passes.insert_mddq import insert_mddq
 from gaq_compile.passes.lower import lower
 from gaq_compile.passes.simplify import simplify
 from gaq_compile.passes.tag_irreps import tag_irreps
+from gaq_compile.passes.weigh_channels import ChannelCosts
+from gaq_compile.passes.widen_activations import widen_activations
 from gaq_compile.potential import Potential
 from gaq_compile.verify.report import Report
 
@@ -44,13 +47,14 @@ PRODUCT = "4x0e * 1x0e+1x1o -> 4x0e+4x1o | 0.0.0*0.5 0.1.1*0.25"
 
 
 class _Energy(nn.Module):
-    """One convolution and one integer layer: every kind of node that a file holds."""
+    """One convolution and integer layers of both kinds: every kind of node that a file holds."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(7)
         self.table, self.radial = nn.Parameter(torch.randn(9, 4)), nn.Parameter(torch.randn(8))
         self.mix, self.bias = nn.Parameter(torch.randn(4 * 4 + 4 * 4)), nn.Parameter(torch.randn(4))
+        self.wide = nn.Parameter(torch.randn(4 * 4 + 4 * 4))
 
     def forward(self, numbers, edge_vec, receivers, senders, batch, ptr):
         x = self.table[numbers]
@@ -60,16 +64,19 @@ class _Energy(nn.Module):
         edges = gaq.sort_edges.default(senders, receivers, x.shape[0])
         y = gaq.conv.default(x, sh, weight, [edges[i] for i in range(6)], PRODUCT, "conv")
         y = gaq.irreps_linear.default(y, self.mix, self.bias, "4x0e+4x1o -> 4x0e+4x1o", False, "mix")
+        y = gaq.irreps_linear.default(y, self.wide, None, "4x0e+4x1o -> 4x0e+4x1o", False, "wide")
         return y.square().sum(1).double()
 
 
 @pytest.fixture(scope="module")
 def potential() -> Potential:
-    config = resolve("w4a8", {"radial": "w8"})
+    config = resolve("w4a8", {"radial": "w8", "wide": "w8a8"})  # weights with and without steps
     tensors = collate([ETHANOL, ETHANOL[:3]], FORM)
     example = [tensors[n] for n in FORM.inputs]
-    steps = {"mix": torch.tensor([0.05, 0.05]), "radial": torch.tensor([0.01])}
-    quantized = insert_mddq(symbolic_trace(_Energy()), config, steps)
+    graph, mix = symbolic_trace(_Energy()), torch.tensor([0.05, 0.03, 0.021, 0.007] * 2)
+    steps = {"mix": mix, "wide": torch.linspace(0.02, 0.07, 8)}
+    sites = quantization_sites(graph, config)
+    quantized = insert_mddq(graph, config, widen_activations(sites, steps, ChannelCosts(), None))
     folded = tag_irreps(fold_integers(tag_irreps(simplify(derive_forces(quantized, FORM, example)))))
     lowered, placements = lower(folded, [make_backend("reference")])
     report = Report("tiny", "w4a8", "reference", "torch", 4, 12, placements, versions={"torch": "x"})
@@ -264,9 +271,31 @@ def test_a_pickle_is_not_read(tmp_path, flag):
     assert not flag.exists()
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])
+@pytest.mark.parametrize("version", [0, 3, "2", None, 1.5, True])
 def test_unknown_version(saved, version):
     assert "version" in _refused(_rewritten(saved, lambda h: {**h, "format": version}))
+
+
+def test_files_of_the_first_version_are_refused(saved):
+    """Their steps were one per block: before anything else is looked at, they are to be made again."""
+
+    def change(header):
+        node = next(n for n in header["nodes"] if "int_irreps_linear" in n["target"])
+        node["args"] = node["args"][:4]
+        return {**header, "format": 1}
+
+    with pytest.raises(FileFormatError, match="version") as error:
+        read(_rewritten(saved, change))
+    assert error.value.fix and "again" in error.value.fix
+
+
+def test_steps_of_every_channel_are_in_the_file(saved):
+    header, tensors = _header(saved)
+    assert header["format"] == 2 and header["config"]["version"] == 2
+    assert tensors["mix_steps"].shape == tensors["wide_steps"].shape == (8,)
+    nodes = [n for n in header["nodes"] if "int_irreps_linear" in n["target"]]
+    schemes = [[a for a in n["args"] if isinstance(a, str) and (a[0] == "s" or a in ("f32", "g16"))] for n in nodes]
+    assert ["s8 m8d8 common"] in schemes and ["s8 m8d8"] in schemes and ["g16"] in schemes
 
 
 def test_unknown_version_of_the_configuration(saved):

@@ -6,6 +6,7 @@ are the contiguous axis that vectorises). Inside a gaq graph every tensor is com
 its irreps are *simplified* (neighbouring equal irreps merged), so that one layout belongs to one
 tensor. A :class:`Block` describes one entry of a possibly unsimplified irreps string as a view
 into that storage: component ``c`` of channel ``u`` is element ``base + c * stride + u``.
+Channels are counted through all blocks in order; ``channel`` is a block's first one.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Block:
     p: int
     base: int
     stride: int
+    channel: int = 0
 
     @property
     def components(self) -> int:
@@ -48,7 +50,7 @@ def blocks(irreps: str) -> tuple[Block, ...]:
     """
     out: list[Block] = []
     entries = [(mul, ir) for mul, ir in Irreps(irreps) if mul > 0]
-    base, i = 0, 0
+    base, first, i = 0, 0, 0
     while i < len(entries):
         j = i
         while j < len(entries) and entries[j][1] == entries[i][1]:
@@ -57,9 +59,10 @@ def blocks(irreps: str) -> tuple[Block, ...]:
         total = sum(mul for mul, _ in entries[i:j])
         channel = 0
         for mul, _ in entries[i:j]:
-            out.append(Block(mul, ir.l, ir.p, base + channel, total))
+            out.append(Block(mul, ir.l, ir.p, base + channel, total, first + channel))
             channel += mul
         base += total * ir.dim
+        first += total
         i = j
     return tuple(out)
 
@@ -68,6 +71,12 @@ def blocks(irreps: str) -> tuple[Block, ...]:
 def dim(irreps: str) -> int:
     """The number of components of ``irreps``."""
     return int(Irreps(irreps).dim)
+
+
+@lru_cache(maxsize=4096)
+def channels(irreps: str) -> int:
+    """The number of channels of ``irreps``: the sum of its multiplicities."""
+    return sum(b.mul for b in blocks(irreps))
 
 
 @lru_cache(maxsize=4096)

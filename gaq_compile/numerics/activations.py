@@ -1,13 +1,18 @@
 """Activations as integers: what a kernel multiplies, its float meaning, and its gradient.
 
-Tensors are component-major, ``x`` (N, dim), with simplified irreps; ``scale`` (n_blocks,) holds one
-static step per block. All roundings are half to even. With ``s`` a block's scale:
+Tensors are component-major, ``x`` (N, dim), with simplified irreps; ``scale`` (n_channels,) holds one
+static step per channel. All roundings are half to even. With ``s`` a channel's scale:
 
 * scalars (l = 0), and ``"component"`` blocks: ``X = clamp(round(x/s), -qmax, qmax)``,
   ``xhat = s X``.
 * ``"mddq"``, per channel vector v of 2l+1 components: ``m = |v|``, ``q = clamp(round(m/s), 0, qmax)``,
   ``n_c = round(v_c (B/m))``, ``X_c = round(n_c (q 2^f / |n|))``, ``xhat_c = s 2^-f X_c``; 0 where q = 0.
 * ``"exact"``: ``xhat_c = v_c (s q / m)``: an integer magnitude with a float direction.
+
+The channels of a block, each with its step, are added up in integers. Either the weights hold the
+steps, ``W'[u, w] = s[u] W[u, w]``; or (``common``) the integers come on a grid that all channels
+share, with ``S = max_u s[u]`` and r[u] = s[u]/S: ``X_c = round(X_c r 2^f)`` for scalars and
+components, ``round(n_c (q r 2^f / |n|))`` and ``v_c (q r / m)`` for vectors, ``xhat = S 2^-f X``.
 
 Every kernel follows these orders of operations, so that float32 results agree up to values that lie
 within float32 rounding of a tie. NaN stays NaN.
@@ -23,7 +28,7 @@ from torch import Tensor
 
 from ..config import ActivationScheme, activation_scheme
 from ..errors import IrrepsError
-from ..ir.layout import Block, blocks, dim, simplified
+from ..ir.layout import Block, blocks, channels, dim, simplified
 from .codebooks import IntegerGrid, norm
 
 __all__ = [
@@ -37,7 +42,7 @@ __all__ = [
 
 
 def activation_blocks(irreps: str) -> tuple[Block, ...]:
-    """The blocks that own one scale each: those of the simplified irreps, in order."""
+    """The blocks whose channels own one scale each: those of the simplified irreps, in order."""
     return blocks(simplified(irreps))
 
 
@@ -56,15 +61,15 @@ def quantize_block(
     Args:
         x: (N, 2l+1, mul).
         l: the block's degree.
-        scale: its static step, a number or a scalar tensor.
+        scale: its static step, a number, or a tensor of one step for all channels or (mul,).
         scheme: the activation scheme.
 
     Returns:
         The operand X, int32 with the shape of x (``"exact"`` and l >= 1: float, v q / m), and the
-        step, ``scale * 2^-f``.
+        step, ``scale * 2^-f``, or ``max(scale) * 2^-f`` where it is common.
     """
     operand = _operand(x, l, scale, scheme)
-    step = scale * 2.0**-scheme.fraction_bits if l else scale
+    step = _unit(scale, scheme) * 2.0 ** -scheme.fraction_bits(l)
     exact = l > 0 and scheme.vector == "exact"
     return (operand if exact else operand.to(torch.int32)), step
 
@@ -74,7 +79,7 @@ def fake_quantize(x: Tensor, scale: Tensor, irreps: str, scheme: ActivationSchem
 
     Args:
         x: (N, dim), component-major, float32 or float64.
-        scale: (n_blocks,) steps of the simplified irreps.
+        scale: (n_channels,) steps.
         irreps: of x.
         scheme: the activation scheme.
 
@@ -86,8 +91,7 @@ def fake_quantize(x: Tensor, scale: Tensor, irreps: str, scheme: ActivationSchem
     """
 
     def block(v: Tensor, l: int, s: Tensor) -> Tensor:
-        step = s * 2.0**-scheme.fraction_bits if l else s
-        return _operand(v, l, s, scheme) * step
+        return _operand(v, l, s, scheme) * (_unit(s, scheme) * 2.0 ** -scheme.fraction_bits(l))
 
     return _by_block((x,), scale, irreps, block)
 
@@ -104,7 +108,7 @@ def fake_quantize_backward(
     Args:
         grad: gradient with respect to xhat, (N, dim).
         x: the tensor that was quantized, (N, dim).
-        scale: (n_blocks,).
+        scale: (n_channels,).
         irreps: of x.
         scheme: the activation scheme.
 
@@ -129,6 +133,15 @@ def fake_quantize_backward(
     return _by_block((grad, x), scale, irreps, block)
 
 
+@overload
+def _unit(scale: float, scheme: ActivationScheme) -> float: ...
+@overload
+def _unit(scale: Tensor, scheme: ActivationScheme) -> Tensor: ...
+def _unit(scale: Tensor | float, scheme: ActivationScheme) -> Tensor | float:
+    """What operands are whole or fractional multiples of."""
+    return scale.max() if scheme.common and isinstance(scale, Tensor) else scale
+
+
 def _magnitude(m: Tensor, scale: Tensor | float, qmax: int) -> Tensor:
     return torch.clamp(torch.round(m / scale), 0, qmax)
 
@@ -136,15 +149,17 @@ def _magnitude(m: Tensor, scale: Tensor | float, qmax: int) -> Tensor:
 def _operand(v: Tensor, l: int, scale: Tensor | float, scheme: ActivationScheme) -> Tensor:
     """X of one block (N, 2l+1, mul), held in v's dtype."""
     qmax = scheme.qmax(l)
+    fine = scale / _unit(scale, scheme) * 2.0 ** scheme.fraction_bits(l)
     if l == 0 or scheme.vector == "component":
-        return torch.clamp(torch.round(v / scale), -qmax, qmax)
+        operand = torch.clamp(torch.round(v / scale), -qmax, qmax)
+        return torch.round(operand * fine) if scheme.common else operand
     m = norm(v)
     q = _magnitude(m, scale, qmax)
     if scheme.vector == "exact":
-        operand = v * (q / m)
+        operand = v * (q * fine / m)
     else:
         n = IntegerGrid(l, scheme.direction_bits).encode(v, m)
-        operand = torch.round(n * (q * 2.0**scheme.fraction_bits / norm(n)))
+        operand = torch.round(n * (q * fine / norm(n)))
     # q == 0 and not m == 0: also keeps NaN visible, and drops the 0/0 of vanishing vectors
     return torch.where(q == 0, 0.0, operand)
 
@@ -159,13 +174,13 @@ def _by_block(
             raise IrrepsError(
                 f"expected a tensor (N, {dim(irreps)}), got {tuple(tensor.shape)}", where=irreps
             )
-    if tuple(scale.shape) != (len(found),):
+    if tuple(scale.shape) != (channels(irreps),):
         raise IrrepsError(
-            f"expected {len(found)} scales, one per block, got {tuple(scale.shape)}", where=irreps
+            f"expected {channels(irreps)} scales, one per channel, got {tuple(scale.shape)}", where=irreps
         )
     parts = []
-    for b, block in enumerate(found):
+    for block in found:
         size = block.components * block.mul
         views = (t.narrow(1, block.base, size).unflatten(1, (block.components, block.mul)) for t in tensors)
-        parts.append(function(*views, block.l, scale[b]).flatten(1))
+        parts.append(function(*views, block.l, scale[block.channel :][: block.mul]).flatten(1))
     return torch.cat(parts, 1) if parts else torch.zeros_like(tensors[0])

@@ -19,7 +19,7 @@ from ..ir.layout import Block, view
 from ..ir.specs import LinearPath, LinearSpec
 from .weights import QMAX, TINY, check_weight, column_scales, dequantize_weight
 
-DAMPING = 0.01  # of H's mean diagonal: calibration rows are few, and directions they lack must not be free
+DAMPING = 0.01  # of H's mean diagonal (or of the inputs' mean): what the few examples lack must not be free
 SWEEPS = 4  # of coordinate descent; it has settled by then
 RANGES = {8: (1.0,), 4: (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.58)}  # of max|W|; beyond, weights are clipped
 Irrep = tuple[int, int]  # (l, p)
@@ -42,6 +42,59 @@ def channel_hessians(x: Tensor, spec: LinearSpec, weight: Tensor | None = None) 
         scaled = rows if weight is None else rows * weight.double()[:, None, None]
         found[irrep] = torch.einsum("nmu,nmv->uv", scaled, rows)
     return found
+
+
+def over_steps(hessians: Mapping[Irrep, Tensor], spec: LinearSpec, steps: Tensor) -> dict[Irrep, Tensor]:
+    """H of the integers ``x / steps`` that weights with steps meet: ``H[u, v] / (s[u] s[v])``.
+
+    Args:
+        hessians: :func:`channel_hessians` of x.
+        spec: the linear.
+        steps: (channels of irreps_in,).
+    """
+    found = {}
+    for irrep, hessian in hessians.items():
+        parts = [steps[b.channel :][: b.mul] for b in spec.inputs if (b.l, b.p) == irrep]
+        s = torch.cat(parts).to(hessian.dtype)
+        found[irrep] = hessian / (s[:, None] * s)
+    return found
+
+
+def without_mean(hessians: Mapping[Irrep, Tensor], mean: Tensor) -> dict[Irrep, Tensor]:
+    """H of what a bias cannot take up: nearly the Schur complement ``H - h h^T / c`` of the 0e channels.
+
+    A hundredth of what the bias takes up stays: inputs that were constant on the examples (a total
+    charge) may not be, elsewhere.
+
+    Args:
+        hessians: :func:`channel_hessians`.
+        mean: (C + 1,): h, H of the 0e channels with the bias, and c, of the bias with itself.
+    """
+    h, c = mean[:-1], float(mean[-1])
+    if c <= 0.0:
+        return dict(hessians)
+    return dict(hessians) | {(0, 1): hessians[0, 1] - (1.0 - DAMPING) * torch.outer(h, h) / c}
+
+
+def bias_correction(error: Tensor, spec: LinearSpec, mean: Tensor) -> Tensor:
+    """The change of a linear's bias that makes up best for errors of its weights: ``-h^T E / c``.
+
+    Args:
+        error: (spec.weight_numel,), rounded minus true weights.
+        spec: the linear.
+        mean: as for :func:`without_mean`.
+
+    Returns:
+        (n,) float64, concatenated over the 0e output blocks.
+    """
+    h, c = mean[:-1], float(mean[-1])
+    places, sums = _channel_places(spec), {b: torch.zeros(b.mul, dtype=mean.dtype) for b in spec.bias_blocks}
+    for path in spec.paths if c > 0.0 else ():
+        if path.block_out in sums:
+            start = places[path.block_in]
+            matrix = error[path.offset : path.offset + path.numel].view(-1, path.block_out.mul).to(mean.dtype)
+            sums[path.block_out] -= h[start : start + path.block_in.mul] @ matrix / c
+    return torch.cat([*sums.values()]) if sums else mean.new_zeros(0)
 
 
 def round_second_order(

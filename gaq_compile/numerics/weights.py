@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, GaqError, IrrepsError
-from ..ir.specs import LinearSpec
+from ..ir.layout import channels
+from ..ir.specs import LinearPath, LinearSpec
 
 QMAX = {8: 127, 4: 7}
 
@@ -60,28 +61,58 @@ def check_weight(weight: Tensor, spec: LinearSpec, bits: int) -> None:
         raise GaqError("a weight is NaN or infinite", where=str(spec), fix="check the model's parameters")
 
 
-def dequantize_weight(codes: Tensor, scale: Tensor, spec: LinearSpec) -> Tensor:
-    """``W[u, w] = scale[path, w] * C[u, w]``: the float weights that the integers stand for.
+def dequantize_weight(codes: Tensor, scale: Tensor, spec: LinearSpec, steps: Tensor | None = None) -> Tensor:
+    """``W[u, w] = scale[path, w] * C[u, w] / steps[u]``: the float weights that the integers stand for.
 
     Args:
         codes: (spec.weight_numel,) integers.
         scale: (spec.scale_numel,) float.
         spec: the linear.
+        steps: (channels of irreps_in,) where the integers hold the steps of the linear's input
+            (:func:`with_steps`); None where they do not.
 
     Returns:
         (spec.weight_numel,) in the scale's dtype.
 
     Raises:
-        IrrepsError: if codes or scale do not fit the spec.
+        IrrepsError: if codes, scale or steps do not fit the spec.
     """
     _check(codes, spec.weight_numel, "codes", spec)
     _check(scale, spec.scale_numel, "scales", spec)
+    if steps is not None:
+        _check(steps, channels(spec.irreps_in), "steps", spec)
     parts = []
     for path in spec.paths:
         mul = path.block_out.mul
         columns = codes[path.offset : path.offset + path.numel].view(-1, mul).to(scale.dtype)
-        parts.append((columns * scale[path.scale_offset : path.scale_offset + mul]).flatten())
+        columns = columns * scale[path.scale_offset : path.scale_offset + mul]
+        parts.append((columns if steps is None else columns / rows_of(steps, path)).flatten())
     return torch.cat(parts) if parts else scale.new_zeros(0)
+
+
+def with_steps(weight: Tensor, spec: LinearSpec, steps: Tensor) -> Tensor:
+    """``steps[u] * W[u, w]``: weights that meet the integers ``x[u] / steps[u]`` in a plain sum.
+
+    Args:
+        weight: (spec.weight_numel,) float.
+        spec: the linear.
+        steps: (channels of irreps_in,), the steps of the linear's input.
+
+    Raises:
+        IrrepsError: if weight or steps do not fit the spec.
+    """
+    _check(weight, spec.weight_numel, "weights", spec)
+    _check(steps, channels(spec.irreps_in), "steps", spec)
+    parts = []
+    for path in spec.paths:
+        columns = weight[path.offset : path.offset + path.numel].view(-1, path.block_out.mul)
+        parts.append((columns * rows_of(steps, path)).flatten())
+    return torch.cat(parts) if parts else weight.new_zeros(0)
+
+
+def rows_of(steps: Tensor, path: LinearPath) -> Tensor:
+    """The steps of a path's input channels, as a column (mul_in, 1)."""
+    return steps[path.block_in.channel :][: path.block_in.mul, None]
 
 
 def weight_bytes(spec: LinearSpec, bits: int | None) -> int:

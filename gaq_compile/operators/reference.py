@@ -17,6 +17,7 @@ from ..errors import IrrepsError
 from ..ir.layout import Block, blocks, dim, permutation, simplified, view
 from ..ir.specs import gate_spec, linear_spec, tensor_product_spec
 from ..numerics.gradients import fake_quantize_gradient
+from ..numerics.weights import rows_of
 from . import activations, harmonics
 
 
@@ -54,15 +55,19 @@ def irreps_linear_weight_gradient(grad: Tensor, x: Tensor, spec: str, transpose:
     return torch.cat(parts) if parts else grad.new_zeros(0)
 
 
-def gradient_linear(grad: Tensor, codes: Tensor, scale: Tensor, spec: str) -> Tensor:
-    """The adjoint map on a gradient in 16-bit integers: ``gx = s X C^T`` with ``s X ~ grad * scale``."""
+def gradient_linear(grad: Tensor, codes: Tensor, scale: Tensor, steps: Tensor | None, spec: str) -> Tensor:
+    """The adjoint map on a gradient in 16-bit integers: ``gx = s X C^T`` with ``s X ~ grad * scale``.
+
+    Where the codes hold the steps of the layer's input, the result is divided by these.
+    """
     s = linear_spec(spec)
     out = grad.new_zeros(grad.shape[0], dim(s.irreps_in))
     for path in s.paths:
         span = slice(path.scale_offset, path.scale_offset + path.block_out.mul)
         rows = fake_quantize_gradient(view(grad, path.block_out) * scale[span].to(grad.dtype))
         matrix = codes[path.offset : path.offset + path.numel].reshape(path.block_in.mul, path.block_out.mul)
-        view(out, path.block_in).add_(rows @ matrix.t().to(grad.dtype))
+        product = rows @ matrix.t().to(grad.dtype)
+        view(out, path.block_in).add_(product if steps is None else product / rows_of(steps, path)[:, 0])
     return out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import activation_scheme
 from ..ir.layout import dim
-from ..ir.specs import gate_spec, linear_spec, tensor_product_spec
+from ..ir.specs import LinearSpec, gate_spec, linear_spec, tensor_product_spec
 from ..numerics import activations as act
 from ..numerics import packing, weights
 from . import reference as ref
@@ -92,15 +92,23 @@ irreps_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
 @_custom("decode_weight")
-def decode_weight(codes: Tensor, scale: Tensor, bits: int, spec: str, label: str) -> Tensor:
-    """Flat float weights of integer codes; 4-bit codes come packed two to a byte."""
+def decode_weight(
+    codes: Tensor, scale: Tensor, steps: Tensor | None, bits: int, spec: str, label: str
+) -> Tensor:
+    """Flat float weights of integer codes; 4-bit codes come packed two to a byte.
+
+    ``steps`` are those of the layer's input where the codes hold them (``weights.with_steps``).
+    """
     s = linear_spec(spec)
-    plain = packing.unpack_int4(codes, s.weight_numel) if bits == 4 else codes
-    return weights.dequantize_weight(plain, scale, s)
+    return weights.dequantize_weight(_plain(codes, bits, s), scale, s, steps)
+
+
+def _plain(codes: Tensor, bits: int, spec: LinearSpec) -> Tensor:
+    return packing.unpack_int4(codes, spec.weight_numel) if bits == 4 else codes
 
 
 @decode_weight.register_fake
-def _(codes, scale, bits, spec, label):  # type: ignore[no-untyped-def]
+def _(codes, scale, steps, bits, spec, label):  # type: ignore[no-untyped-def]
     return scale.new_empty(linear_spec(spec).weight_numel)
 
 
@@ -120,17 +128,19 @@ def int_irreps_linear(
     """``irreps_linear(mddq(x), decode_weight(codes))`` as one node, for integer kernels.
 
     ``scheme`` is the activation scheme, ``"f32"`` where activations stay float, or ``"g16"`` for
-    a gradient in 16-bit integers with a step per row (:mod:`..numerics.gradients`). This
+    a gradient in 16-bit integers with a step per row (:mod:`..numerics.gradients`). The codes hold
+    the steps ``x_scale`` of the layer's input, if given, unless the scheme has a common grid. This
     reference computes in float; kernels compute the same products in integers.
     """
     s = linear_spec(spec)
+    plain = _plain(codes, bits, s)
     if scheme == "g16":
-        plain = packing.unpack_int4(codes, s.weight_numel) if bits == 4 else codes
-        return ref.gradient_linear(x, plain, weight_scale, spec)
+        return ref.gradient_linear(x, plain, weight_scale, x_scale, spec)
+    held = x_scale
     if scheme != "f32" and x_scale is not None:
         x = act.fake_quantize(x, x_scale, s.irreps_in, activation_scheme(scheme))
-    plain = packing.unpack_int4(codes, s.weight_numel) if bits == 4 else codes
-    weight = weights.dequantize_weight(plain, weight_scale, s)
+        held = None if activation_scheme(scheme).common else x_scale
+    weight = weights.dequantize_weight(plain, weight_scale, s, held)
     return ref.irreps_linear(x, weight, bias, spec, transpose)
 
 

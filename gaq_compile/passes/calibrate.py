@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..config import QuantConfig, activation_scheme
 from ..errors import StructureError
-from ..ir.layout import blocks, lmax, simplified
+from ..ir.layout import channels, lmax, simplified
 from ..ir.specs import linear_spec
 from ..ir.tags import irreps_of
 from ..numerics.observers import ObserverState, make_observer
@@ -91,16 +91,16 @@ def calibrate(
         progress: show a progress bar.
 
     Returns:
-        ``{site.label: (n_blocks,) float32 steps}``.
+        ``{site.label: (n_channels,) float32 steps}``.
 
     Raises:
         StructureError: if calibration meets NaN or infinite activations.
     """
     sites = quantization_sites(graph_module, config)
     observer = make_observer(config.observer, config.headroom)
-    fixed = {site.label: torch.ones(len(blocks(site.irreps))) for site in sites if site.one_hot}
+    fixed = {site.label: torch.ones(channels(site.irreps)) for site in sites if site.one_hot}
     watched = [site for site in sites if not site.one_hot]
-    states = {site.label: observer.start() for site in watched}
+    states = {site.label: observer.start(config.granularity) for site in watched}
     if not watched:
         return fixed
     with Progress(disable=not progress, transient=True) as bar, torch.no_grad():

@@ -3,17 +3,17 @@
 Before::
 
     x_q = gaq.mddq(x, steps, irreps, 's8 m8d8', 'layer')
-    weight = gaq.decode_weight(codes, scale, 8, spec, 'layer')
+    weight = gaq.decode_weight(codes, scale, steps, 8, spec, 'layer')
     y = gaq.irreps_linear(x_q, weight, None, spec, False, 'layer')
 
 After::
 
     y = gaq.int_irreps_linear(x, steps, codes, scale, None, spec, 's8 m8d8', 8, False, 'layer')
 
-The backward product reads the same integer weights. Its gradient is rounded to 16-bit integers
-with a step per row (scheme "g16") where the layer's own activations are rounded with their
-directions; where directions are exact or activations float, the gradient stays float, so that
-those schemes stay exactly equivariant, and conservative.
+The backward product reads the same integer weights, and divides by the steps that they hold. Its
+gradient is rounded to 16-bit integers with a step per row (scheme "g16") where the layer's own
+activations are rounded with their directions; where directions are exact or activations float, the
+gradient stays float, so that those schemes stay exactly equivariant, and conservative.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def fold_integers(graph_module: GraphModule) -> GraphModule:
         x, weight, bias, spec, transpose, label = node.args
         if not is_call(weight, gaq.decode_weight.default):
             continue
-        codes, scale, bits, *_ = weight.args  # type: ignore[union-attr]
-        steps, scheme = None, "f32"
+        codes, scale, steps, bits, *_ = weight.args  # type: ignore[union-attr]
+        scheme = "f32"
         if is_call(x, gaq.mddq.default) and not transpose:
             x, steps, _, scheme, _ = x.args  # type: ignore[union-attr]
         elif transpose and label in rounded:

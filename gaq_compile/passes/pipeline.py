@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from torch.fx import GraphModule
 
 from ..capture.graphs import GraphFormat
 from ..config import QuantConfig
-from .calibrate import calibrate
+from .calibrate import calibrate, quantization_sites
 from .cancel_relayouts import cancel_relayouts
 from .derive_forces import derive_forces
 from .fold_integers import fold_integers
@@ -19,7 +19,8 @@ from .round_weights import round_weights
 from .shift_energies import shift_energies
 from .simplify import simplify
 from .tag_irreps import tag_irreps
-from .weigh_channels import weigh_channels
+from .weigh_channels import ChannelCosts, weigh_channels
+from .widen_activations import widen_activations
 
 Pass = Callable[[GraphModule], GraphModule]
 
@@ -56,11 +57,15 @@ def quantize_graph(
         calibration: input batches that set the activation steps.
         progress: show progress bars.
     """
-    steps: Mapping[str, Tensor] = calibrate(prepared, calibration, config, progress)
-    hessians = weigh_channels(prepared, form, calibration, progress) if config.rounds_together else {}
-    weights = round_weights(prepared, config, hessians)
-    quantized = insert_mddq(prepared, config, steps, weights)
-    if weights or steps:
+    sites = quantization_sites(prepared, config)
+    steps = calibrate(prepared, calibration, config, progress)
+    costs = ChannelCosts()
+    if config.weighs_errors:
+        costs = weigh_channels(prepared, form, calibration, sites, progress)
+    activations = widen_activations(sites, steps, costs, config.max_wide_share)
+    weights = round_weights(prepared, config, costs, activations)
+    quantized = insert_mddq(prepared, config, activations, weights)
+    if weights or activations:
         quantized = shift_energies(quantized, prepared, form, calibration)
     quantized = tag_irreps(quantized)
     forces = tag_irreps(simplify(derive_forces(quantized, form, example), differentiated=True))

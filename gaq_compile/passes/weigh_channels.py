@@ -1,4 +1,4 @@
-"""How much each input channel of every irreps-linear matters to the energy and to the forces.
+"""What errors cost: of weights, per input channel of every irreps-linear, and of rounded activations.
 
 An error D in a layer's weights changes the energy by ``sum_n g_n^T D^T x_n`` to first order, with
 inputs ``x_n`` and gradients ``g_n = dE/dy_n`` of its rows, and the forces by that sum's derivative
@@ -10,6 +10,16 @@ along a displacement, where both ``x`` and ``g`` vary. Leaving cross terms out, 
 
 where a dot is a central difference along random displacements of the atoms. Rounding against this
 H (:mod:`..numerics.second_order`) spares what forces feel, not merely what is large.
+
+An error d in the activations that a site rounds changes the energy by ``sum_n g_n d_n``, with gradients
+``g_n = dE/dx_n`` through the site's readers alone, and the forces by ``sum_n gdot_n d_n``. Errors that
+are independent, with variance v[u] in channel u, cost ``sum_u I[u] v[u]`` in the same unit, with
+
+    I[u] = sum_n gdot[n, u]^2 + ENERGY_WEIGHT * g[n, u]^2       (over rows and components)
+
+A bias is a row of weights that meets the constant 1 and is not rounded, so it can take up the mean
+of what the others' rounding does. ``sum_n (|gdot|^2 + ENERGY_WEIGHT |g|^2) x``, with x = 1 for the
+bias itself, is the part of H that it needs.
 """
 
 from __future__ import annotations
@@ -25,8 +35,10 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..capture.graphs import EDGE_VECTORS, GraphFormat
 from ..errors import StructureError
-from ..ir.specs import linear_spec
+from ..ir.layout import blocks, view
+from ..ir.specs import LinearSpec, linear_spec
 from ..numerics.second_order import Irrep, channel_hessians
+from .calibrate import Site
 from .graph_tools import gaq
 
 ENERGY_WEIGHT = 3.0  # Å^-2: how an error of the energy counts beside one of the forces
@@ -36,43 +48,67 @@ DRAWS = 2  # displacements per calibration batch
 Hessians = dict[str, dict[Irrep, Tensor]]
 
 
+@dataclass(frozen=True)
+class ChannelCosts:
+    """What errors cost, per atom.
+
+    Attributes:
+        hessians: H of every irreps-linear by its label, ``{(l, p): (C, C)}``.
+        means: of every irreps-linear with a bias by its label, H of its 0e channels with the bias
+            (C,), and of the bias with itself at the end: (C + 1,).
+        impacts: I of every site by its label, (n_channels,).
+        powers: the mean square of every site's components by its label, (n_channels,).
+        rows: rows of every site's tensor by its label, per atom.
+    """
+
+    hessians: Hessians = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
+    impacts: dict[str, Tensor] = field(default_factory=dict)
+    powers: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, float] = field(default_factory=dict)
+
+
 def weigh_channels(
     graph_module: GraphModule,
     form: GraphFormat,
     batches: Sequence[Sequence[Tensor]],
+    sites: Sequence[Site] = (),
     progress: bool = False,
-) -> Hessians:
-    """H of every irreps-linear, per atom, by the layer's label.
+) -> ChannelCosts:
+    """Costs of every irreps-linear's weights and of every site's activations.
 
     Args:
         graph_module: the float energy graph.
         form: its inputs.
         batches: positional inputs of the graph, one entry per calibration batch.
+        sites: the activations to weigh, of the same graph.
         progress: show a progress bar.
 
     Raises:
         StructureError: if calibration meets NaN or infinite activations or gradients.
     """
-    found: Hessians = {}
+    found = ChannelCosts()
+    sites = [site for site in sites if not site.one_hot]
     random = torch.Generator().manual_seed(0)
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("weighing channels", total=len(batches) * (1 + 2 * DRAWS))
         for batch in batches:
             inputs = dict(zip(form.inputs, batch, strict=True))
-            here = _Rows.of(graph_module, form, inputs)
+            here = _Rows.of(graph_module, form, inputs, sites)
             bar.advance(task)
             share = 1.0 / (_atoms(inputs, form) * len(batches))
             here.add(found, share * ENERGY_WEIGHT)
             for _ in range(DRAWS):
                 move = torch.randn(_atoms(inputs, form), 3, generator=random)
                 ahead, behind = (
-                    _Rows.of(graph_module, form, _moved(inputs, form, sign * DISPLACEMENT * move))
+                    _Rows.of(graph_module, form, _moved(inputs, form, sign * DISPLACEMENT * move), sites)
                     for sign in (1, -1)
                 )
                 here.add_varied(found, ahead, behind, share / DRAWS)
                 bar.advance(task, 2)
-    for label, hessians in found.items():
-        if not all(bool(torch.isfinite(h).all()) for h in hessians.values()):
+    weighed = {label: [*hessians.values()] for label, hessians in found.hessians.items()}
+    for label, tensors in (weighed | {k: [v] for k, v in found.impacts.items()}).items():
+        if not all(bool(torch.isfinite(t).all()) for t in tensors):
             raise StructureError(
                 f"inputs or gradients of {label} are not finite during calibration",
                 fix="look at the structures: atoms too close, or outside what the potential knows",
@@ -96,69 +132,145 @@ def _moved(inputs: Mapping[str, Tensor], form: GraphFormat, move: Tensor) -> dic
     return moved
 
 
+@dataclass(frozen=True)
+class _Layer:
+    label: str
+    spec: LinearSpec
+    biased: bool
+
+
 @dataclass
 class _Rows:
-    """Inputs and output gradients of every call of an irreps-linear, in graph order."""
+    """Inputs and output gradients of every call of an irreps-linear, in graph order; sites' gradients."""
 
-    specs: list[tuple[str, str]] = field(default_factory=list)
+    layers: list[_Layer] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
+    sites: list[tuple[Site, Tensor, Tensor]] = field(default_factory=list)
 
     @staticmethod
-    def of(graph_module: GraphModule, form: GraphFormat, inputs: Mapping[str, Tensor]) -> _Rows:
+    def of(
+        graph_module: GraphModule, form: GraphFormat, inputs: Mapping[str, Tensor], sites: Sequence[Site]
+    ) -> _Rows:
         """Evaluate the energy and its gradient."""
         leaves = [
             value.detach().requires_grad_(True) if name in form.vectors else value
             for name, value in inputs.items()
         ]
-        recorder = _Recorder(graph_module)
+        recorder = _Recorder(graph_module, sites)
         with torch.enable_grad():
             energy = recorder.run(*leaves).sum()
-            outputs = [output for *_, output in recorder.calls]
-            gradients = torch.autograd.grad(energy, outputs, allow_unused=True)
-        rows = _Rows()
-        for (label, spec, x, output), gradient in zip(recorder.calls, gradients, strict=True):
-            rows.specs.append((label, spec))
-            rows.inputs.append(x.detach())
-            rows.gradients.append(torch.zeros_like(output) if gradient is None else gradient.detach())
-        return rows
+            outputs = [*(output for *_, output in recorder.calls), *(p for _, p in recorder.probes)]
+            found = torch.autograd.grad(energy, outputs, allow_unused=True)
+        slopes = [
+            torch.zeros_like(output) if gradient is None else gradient.detach()
+            for output, gradient in zip(outputs, found, strict=True)
+        ]
+        count = len(recorder.calls)
+        return _Rows(
+            [layer for layer, *_ in recorder.calls],
+            [x.detach() for _, x, _ in recorder.calls],
+            slopes[:count],
+            [(site, x.detach(), g) for (site, x), g in zip(recorder.probes, slopes[count:], strict=True)],
+        )
 
-    def add(self, found: Hessians, factor: float) -> None:
-        """``factor * |g|^2 x x^T``."""
-        for place, x, g in zip(self.specs, self.inputs, self.gradients, strict=True):
-            _add(found, place, x, factor * _squares(g))
+    def add(self, found: ChannelCosts, factor: float) -> None:
+        """``factor * |g|^2 x x^T``, and ``factor * g^2`` of the sites."""
+        for layer, x, g in zip(self.layers, self.inputs, self.gradients, strict=True):
+            _add(found, layer, x, factor * _squares(g))
+            _add_mean(found, layer, x, factor * _squares(g))
+        for site, x, g in self.sites:
+            _add_squares(found.impacts, site, g, factor)
+            _add_power(found, site, x, factor / ENERGY_WEIGHT)
 
-    def add_varied(self, found: Hessians, ahead: _Rows, behind: _Rows, factor: float) -> None:
-        """``factor * (|g|^2 xdot xdot^T + |gdot|^2 x x^T)`` from both ends of a displacement."""
-        for i, place in enumerate(self.specs):
+    def add_varied(self, found: ChannelCosts, ahead: _Rows, behind: _Rows, factor: float) -> None:
+        """``factor * (|g|^2 xdot xdot^T + |gdot|^2 x x^T)``, and ``factor * gdot^2`` of the sites.
+
+        Args:
+            found: what to add to.
+            ahead, behind: both ends of a displacement.
+            factor: how much this displacement counts.
+        """
+        for i, layer in enumerate(self.layers):
             x_dot = (ahead.inputs[i] - behind.inputs[i]) / (2 * DISPLACEMENT)
             g_dot = (ahead.gradients[i] - behind.gradients[i]) / (2 * DISPLACEMENT)
-            _add(found, place, x_dot, factor * _squares(self.gradients[i]))
-            _add(found, place, self.inputs[i], factor * _squares(g_dot))
+            _add(found, layer, x_dot, factor * _squares(self.gradients[i]))
+            _add(found, layer, self.inputs[i], factor * _squares(g_dot))
+            _add_mean(found, layer, self.inputs[i], factor * _squares(g_dot))
+        for (site, _, after), (_, _, before) in zip(ahead.sites, behind.sites, strict=True):
+            _add_squares(found.impacts, site, (after - before) / (2 * DISPLACEMENT), factor)
 
 
 def _squares(gradient: Tensor) -> Tensor:
     return gradient.double().square().sum(1)
 
 
-def _add(found: Hessians, place: tuple[str, str], x: Tensor, weight: Tensor) -> None:
-    label, spec = place
-    sums = found.setdefault(label, {})
-    for irrep, hessian in channel_hessians(x, linear_spec(spec), weight).items():
+def _add(found: ChannelCosts, layer: _Layer, x: Tensor, weight: Tensor) -> None:
+    sums = found.hessians.setdefault(layer.label, {})
+    for irrep, hessian in channel_hessians(x, layer.spec, weight).items():
         sums[irrep] = sums[irrep] + hessian if irrep in sums else hessian
 
 
-class _Recorder(Interpreter):
-    """Runs the energy graph and keeps what goes into and comes out of each irreps-linear."""
+def _add_mean(found: ChannelCosts, layer: _Layer, x: Tensor, weight: Tensor) -> None:
+    if layer.biased:
+        parts = [view(x, b)[:, 0].double() for b in layer.spec.inputs if (b.l, b.p) == (0, 1)]
+        sums = torch.cat([weight @ torch.cat(parts, 1), weight.sum()[None]])
+        found.means[layer.label] = found.means.get(layer.label, torch.zeros_like(sums)) + sums
 
-    def __init__(self, module: GraphModule) -> None:
+
+def _add_squares(sums: dict[str, Tensor], site: Site, x: Tensor, factor: float) -> None:
+    """``factor * x^2`` of a site, summed by channel."""
+    squares = x.double().square()
+    found = factor * torch.cat([view(squares, block).sum((0, 1)) for block in blocks(site.irreps)])
+    sums[site.label] = sums.get(site.label, torch.zeros_like(found)) + found
+
+
+def _add_power(found: ChannelCosts, site: Site, x: Tensor, share: float) -> None:
+    """One more batch in the mean square of a site's components, and in its rows per atom."""
+    before, here = found.rows.get(site.label, 0.0), share * len(x)
+    total = max(before + here, 1e-300)
+    if site.label in found.powers:
+        found.powers[site.label] *= before / total
+    parts = torch.cat([torch.full((b.mul,), 1.0 / b.components) for b in blocks(site.irreps)])
+    fresh: dict[str, Tensor] = {}
+    _add_squares(fresh, site, x, share / total)
+    found.powers[site.label] = found.powers.get(site.label, 0.0) + fresh[site.label] * parts
+    found.rows[site.label] = before + here
+
+
+class _Recorder(Interpreter):
+    """Runs the energy graph and keeps what goes into and comes out of each irreps-linear.
+
+    A site's readers get a copy of its tensor (its probe), whose gradient is then theirs alone.
+    """
+
+    def __init__(self, module: GraphModule, sites: Sequence[Site]) -> None:
         super().__init__(module)
-        self.calls: list[tuple[str, str, Tensor, Tensor]] = []
+        self.calls: list[tuple[_Layer, Tensor, Tensor]] = []
+        self.probes: list[tuple[Site, Tensor]] = []
+        self._of_source: dict[Node, list[Site]] = {}
+        self._of_reader: dict[Node, Tensor] = {}
+        for site in sites:
+            self._of_source.setdefault(site.source, []).append(site)
 
     def run_node(self, n: Node) -> Any:
+        value = self._run(n)
+        for site in self._of_source.get(n, ()):
+            probe = value.clone() if value.requires_grad else value.detach().clone().requires_grad_(True)
+            self.probes.append((site, probe))
+            self._of_reader.update(dict.fromkeys(site.consumers, probe))
+        return value
+
+    def _run(self, n: Node) -> Any:
+        source = n.args[0] if n in self._of_reader else None
+        if isinstance(source, Node):
+            whole, self.env[source] = self.env[source], self._of_reader[n]
         value = super().run_node(n)
+        if isinstance(source, Node):
+            self.env[source] = whole
         if n.target is gaq.irreps_linear.default:
             if not value.requires_grad:  # a constant of the structure (one-hot species) has a gradient too
                 value = value.detach().requires_grad_(True)
-            self.calls.append((str(n.args[-1]), str(n.args[3]), self.env[n.args[0]], value))  # type: ignore[index]
+            layer = _Layer(str(n.args[-1]), linear_spec(str(n.args[3])), n.args[2] is not None)
+            self.calls.append((layer, self.env[n.args[0]], value))  # type: ignore[index]
         return value

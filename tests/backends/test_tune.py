@@ -23,6 +23,7 @@ from gaq_compile.backends.tvm.linear import DenseSchedule, LinearProblem, lower_
 from gaq_compile.backends.tvm.tune_measure import Built, Timing, Workers
 from gaq_compile.backends.tvm.tune_space import FAMILIES, candidate, choices
 from gaq_compile.errors import ConfigError
+from gaq_compile.ir.layout import channels
 from gaq_compile.tools import tune
 
 PROBLEM = LinearProblem("16x0e+8x1e -> 32x0e+16x1e", "s8 m8d8", "s8")
@@ -49,7 +50,8 @@ def lowered(problem: LinearProblem = PROBLEM) -> tuple[Any, ...]:
     spec = problem.linear
     weight = torch.randint(-127, 128, (spec.weight_numel,), generator=g).to(torch.int8)
     scale = torch.rand(spec.scale_numel, generator=g)
-    return problem, weight, scale, torch.tensor([0.02, 0.01]), None, host_target()
+    steps = torch.linspace(0.02, 0.007, channels(spec.irreps_in))
+    return problem, weight, scale, steps, None, host_target()
 
 
 def hidden(schedule: dict[str, Any]) -> float:

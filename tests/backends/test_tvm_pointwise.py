@@ -17,7 +17,7 @@ from gaq_compile.backends.tvm.emit import kernel_text, loop, vector
 from gaq_compile.backends.tvm.gate_kernel import _activate
 from gaq_compile.backends.tvm.row_kernel import Emitter
 from gaq_compile.errors import IrrepsError, LoweringError
-from gaq_compile.ir.layout import blocks, dim
+from gaq_compile.ir.layout import blocks, channels, dim
 from gaq_compile.ir.specs import gate_spec, tensor_product_spec
 from gaq_compile.numerics.activations import activation_scheme, fake_quantize, fake_quantize_backward
 from gaq_compile.operators import activations, reference
@@ -172,15 +172,17 @@ def test_product(spec):
 
 
 def _scales(irreps: str, scheme: str) -> torch.Tensor:
-    """Steps that clip a few of the values that _away_from_ties makes."""
-    chosen = activation_scheme(scheme)
-    return torch.tensor([3.0 / chosen.qmax(b.l) for b in blocks(irreps)])
+    """A step for every channel, of ranges 2 to 4: they clip a few of the values of _away_from_ties."""
+    chosen, generator = activation_scheme(scheme), torch.Generator().manual_seed(4)
+    tops = torch.tensor([chosen.qmax(b.l) for b in blocks(irreps) for _ in range(b.mul)])
+    return (2.0 + 2.0 * torch.rand(channels(irreps), generator=generator)) / tops
 
 
 def _away_from_ties(rows: int, irreps: str, scheme: str) -> torch.Tensor:
     """Random values, 0.05 steps and more from ties and from where clipping begins (scalars, magnitudes)."""
-    parts = []
-    for b, step in zip(blocks(irreps), _scales(irreps, scheme), strict=True):
+    parts, scale = [], _scales(irreps, scheme).double()
+    for b in blocks(irreps):
+        step = scale[b.channel : b.channel + b.mul]
         v = torch.randn(rows, b.components, b.mul, dtype=torch.float64)
         by_component = b.l == 0 or activation_scheme(scheme).vector == "component"
         m = v.abs() if by_component else v.norm(dim=1, keepdim=True)
@@ -223,17 +225,39 @@ def test_mddq(irreps, scheme):
     assert run(torch.empty(0, dim(irreps))).shape == (0, dim(irreps))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_mddq_takes_each_channel_s_own_step(scheme):
+    """Unsimplified irreps, tiles that are not full, and steps from 2^-7 to 1: a wrong one would be seen."""
+    irreps = "3x0e+20x0e+5x1o+14x1o"
+    scale = 2.0 ** -(torch.arange(channels(irreps)) * 5 % 8).float()
+    qmax, x = activation_scheme(scheme).qmax, torch.zeros(1, dim(irreps))
+    forward = pointwise.lower_mddq(irreps, scheme, scale, host_target())
+    backward = pointwise.lower_mddq_backward(irreps, scheme, scale, host_target())
+    for codes in (1.0, 3.0):
+        x[0, :23], x[0, 23:42] = codes * scale[:23], codes * scale[23:]  # along the first component
+        assert torch.equal(forward(x), x)
+        assert torch.equal(forward(0.4 / codes * x), torch.zeros_like(x))
+        assert torch.equal(backward(torch.ones_like(x), x)[0, :42], torch.ones(42))
+    x[0, :23], x[0, 23:42] = (qmax(0) + 1) * scale[:23], (qmax(1) + 1) * scale[23:]
+    assert torch.equal(backward(torch.ones_like(x), x)[0, :42], torch.zeros(42))
+    clipped = torch.cat([qmax(0) * scale[:23], qmax(1) * scale[23:]])
+    torch.testing.assert_close(forward(x)[0, :42], clipped, rtol=1e-6, atol=0)
+
+
 def test_mddq_keeps_nan_and_rounds_half_to_even():
-    run = pointwise.lower_mddq("4x0e+2x1o", "s8 m8exact", torch.tensor([1.0, 1.0]), host_target())
+    scale = torch.tensor([1.0, 1.0, 2.0, 1.0, 0.5, 1.0])
+    run = pointwise.lower_mddq("4x0e+2x1o", "s8 m8exact", scale, host_target())
     x = torch.tensor([[0.5, 1.5, torch.nan, -1e9, torch.nan, 0.0, 0.0, 2.5, 0.0, 0.0]])
-    expected = fake_quantize(x, torch.tensor([1.0, 1.0]), "4x0e+2x1o", activation_scheme("s8 m8exact"))
+    expected = fake_quantize(x, scale, "4x0e+2x1o", activation_scheme("s8 m8exact"))
     torch.testing.assert_close(run(x), expected, equal_nan=True)
     assert run(x)[0, :2].tolist() == [0.0, 2.0]
 
 
 def test_mddq_rejects_scales_that_do_not_fit():
-    with pytest.raises(IrrepsError):
-        pointwise.lower_mddq("4x0e+2x1o", "s8 c8", torch.ones(3), host_target())
+    for lowered in (pointwise.lower_mddq, pointwise.lower_mddq_backward):
+        for count in (2, 3, 7, 10):  # one per block, neither, and one per component
+            with pytest.raises(IrrepsError, match="6 scales, one per channel"):
+                lowered("4x0e+2x1o", "s8 c8", torch.ones(count), host_target())
 
 
 def _sources() -> dict[str, str]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaq_compile.errors import IrrepsError
-from gaq_compile.ir.layout import blocks, dim, lmax, permutation, simplified
+from gaq_compile.ir.layout import blocks, channels, dim, lmax, permutation, simplified
 from gaq_compile.operators.reference import relayout, view
 
 ENTRY = st.tuples(st.integers(0, 5), st.integers(0, 4), st.sampled_from("eo"))
@@ -55,6 +55,21 @@ def test_blocks_of_unsimplified_irreps_are_views_of_the_merged_storage(irreps):
     assert sorted(seen) == list(range(full.dim))
 
 
+@given(IRREPS)
+@settings(max_examples=60, deadline=None)
+def test_channels_are_counted_through_all_blocks(irreps):
+    """A channel has one number, whether its irreps are merged with their neighbours' or not."""
+    count = sum(mul for mul, _ in Irreps(irreps))
+    assert channels(irreps) == channels(simplified(irreps)) == count
+    numbers = [b.channel + u for b in blocks(irreps) for u in range(b.mul)]
+    assert numbers == list(range(count))
+    merged = blocks(simplified(irreps))
+    for block in blocks(irreps):
+        (owner,) = (m for m in merged if m.channel <= block.channel < m.channel + m.mul)
+        assert (owner.ir, owner.stride) == (block.ir, block.stride)
+        assert block.channel - owner.channel == block.base - owner.base
+
+
 def test_view_follows_strides_and_offsets():
     irreps = "2x0e+3x1o"
     block = blocks(irreps)[1]
@@ -73,6 +88,8 @@ def test_known_places():
     assert places == [(2, 0, 0, 2), (4, 1, 2, 7), (3, 1, 6, 7)]
     places = [(b.mul, b.ir, b.base) for b in blocks("2x1o+3x1e+1x1o")]
     assert places == [(2, "1o", 0), (3, "1e", 6), (1, "1o", 15)]
+    assert [b.channel for b in blocks("2x0e+4x1e+0x2e+3x1e+1x0e")] == [0, 2, 6, 9]
+    assert channels("2x0e+4x1e+3x1e") == 9 and channels("") == channels("0x0e") == 0
     assert permutation("2x1o", "ir_mul") == (0, 3, 1, 4, 2, 5)
     assert simplified("2x0e+0x1o+3x0e") == "5x0e"
     assert lmax("4x0e+0x3o+2x1o") == 1 and lmax("") == 0 and dim("") == 0

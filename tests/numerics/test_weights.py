@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from gaq_compile.errors import ConfigError, GaqError, IrrepsError
 from gaq_compile.ir.specs import LinearSpec, linear_spec
-from gaq_compile.numerics.weights import QMAX, dequantize_weight, quantize_weight, weight_bytes
+from gaq_compile.ir.layout import blocks, channels
+from gaq_compile.numerics.weights import (
+    QMAX,
+    dequantize_weight,
+    quantize_weight,
+    weight_bytes,
+    with_steps,
+)
 
 SPECS = [
     "4x0e+3x1o -> 5x0e+2x1o",
@@ -31,6 +38,69 @@ def example(spec: LinearSpec, seed: int, spread: float = 0.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(spec.weight_numel, generator=generator)
     return weight * 10.0 ** (spread * torch.randn(spec.weight_numel, generator=generator))
+
+
+def some_steps(spec: LinearSpec, seed: int) -> torch.Tensor:
+    """Steps of every input channel, that differ by up to 10 times."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    return 0.003 + 0.027 * torch.rand(channels(spec.irreps_in), generator=generator)
+
+
+def step_per_weight(steps: torch.Tensor, spec: LinearSpec) -> torch.Tensor:
+    """The step that meets each weight, found by counting channels block by block."""
+    first, total = {}, 0
+    for block in blocks(spec.irreps_in):
+        first[block], total = total, total + block.mul
+    out = torch.zeros(spec.weight_numel)
+    for path in spec.paths:
+        for u in range(path.block_in.mul):
+            start = path.offset + u * path.block_out.mul
+            out[start : start + path.block_out.mul] = steps[first[path.block_in] + u]
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SPECS), st.integers(0, 10_000))
+def test_weights_with_steps_meet_the_steps_of_their_rows(text: str, seed: int) -> None:
+    spec = linear_spec(text)
+    weight, steps = example(spec, seed), some_steps(spec, seed)
+    held = with_steps(weight, spec, steps)
+    assert held.shape == weight.shape and held.dtype == weight.dtype
+    assert torch.equal(held, weight * step_per_weight(steps, spec))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SPECS), st.integers(0, 10_000), st.floats(0, 4), st.sampled_from([4, 8]))
+def test_held_codes_give_back_weights_within_half_a_scale_over_step(
+    text: str, seed: int, spread: float, bits: int
+) -> None:
+    spec = linear_spec(text)
+    weight, steps = example(spec, seed, spread), some_steps(spec, seed)
+    held = with_steps(weight, spec, steps)
+    codes, scale = quantize_weight(held, spec, bits)
+    unit = scale_per_weight(scale, spec)
+    inside = held.abs() <= QMAX[bits] * unit * (1 + 1e-5)
+    assert bits == 4 or bool(inside.all())
+    error = (dequantize_weight(codes, scale, spec, steps) - weight).abs()
+    assert bool((error <= 0.5001 * unit / step_per_weight(steps, spec))[inside].all())
+    # what they stand for beside integers x / steps: the same products
+    plain = dequantize_weight(codes, scale, spec)
+    torch.testing.assert_close(
+        dequantize_weight(codes, scale, spec, steps) * step_per_weight(steps, spec), plain
+    )
+
+
+def test_steps_of_known_weights() -> None:
+    spec = linear_spec("1x0e+2x1o+1x0e -> 2x0e+1x1o")
+    steps = torch.tensor([2.0, 0.5, 4.0, 10.0])  # of 0e, 1o, 1o, 0e
+    assert [(p.block_in.base, p.block_out.mul) for p in spec.paths] == [(0, 2), (1, 1), (7, 2)]
+    held = with_steps(torch.ones(6), spec, steps)
+    assert held.tolist() == [2.0, 2.0, 0.5, 4.0, 10.0, 10.0]
+    codes = torch.full((6,), 8, dtype=torch.int8)
+    scale = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])
+    decoded = dequantize_weight(codes, scale, spec, steps)
+    assert decoded.tolist() == pytest.approx([4.0, 12.0, 80.0, 10.0, 5.6, 7.2])
+    assert dequantize_weight(codes, scale, spec).tolist() == [8.0, 24.0, 40.0, 40.0, 56.0, 72.0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -118,6 +188,8 @@ def test_a_linear_without_paths_is_empty() -> None:
     spec = linear_spec("3x0e -> 2x1o")
     codes, scale = quantize_weight(torch.zeros(0), spec, 8)
     assert (codes.numel(), scale.numel(), dequantize_weight(codes, scale, spec).numel()) == (0, 0, 0)
+    assert dequantize_weight(codes, scale, spec, torch.ones(3)).numel() == 0
+    assert with_steps(torch.zeros(0), spec, torch.ones(3)).numel() == 0
 
 
 def test_wrong_arguments_are_refused() -> None:
@@ -130,5 +202,12 @@ def test_wrong_arguments_are_refused() -> None:
         quantize_weight(torch.zeros(5), spec, 8)
     with pytest.raises(IrrepsError, match="3 scales"):
         dequantize_weight(torch.zeros(6, dtype=torch.int8), torch.ones(2), spec)
+    for wrong in (torch.ones(1), torch.ones(3), torch.ones(2, 1)):
+        with pytest.raises(IrrepsError, match="2 steps"):
+            dequantize_weight(torch.zeros(6, dtype=torch.int8), torch.ones(3), spec, wrong)
+        with pytest.raises(IrrepsError, match="2 steps"):
+            with_steps(torch.zeros(6), spec, wrong)
+    with pytest.raises(IrrepsError, match="6 weights"):
+        with_steps(torch.zeros(5), spec, torch.ones(2))
     with pytest.raises(GaqError, match="NaN"):
         quantize_weight(torch.full((6,), torch.nan), spec, 8)

@@ -17,7 +17,9 @@ from gaq_compile.capture.modules import (
 )
 from gaq_compile.ir.layout import dim
 from gaq_compile.ir.specs import gate_spec, linear_spec, tensor_product_spec
-from gaq_compile.numerics.activations import fake_quantize_backward
+from gaq_compile.numerics.activations import activation_scheme, fake_quantize, fake_quantize_backward
+from gaq_compile.numerics.gradients import fake_quantize_gradient
+from gaq_compile.numerics.packing import pack_int4
 from gaq_compile.operators import activations, reference
 from gaq_compile.operators.registration import ops
 
@@ -338,15 +340,90 @@ def test_derivatives_of_activations(name):
     assert torch.allclose(got, true, rtol=1e-8, atol=1e-8)
 
 
-def test_mddq_operator_uses_the_straight_through_gradient():
+@pytest.mark.parametrize("text", ["s8 m8d8", "s8 c8", "s8 m8d8 common"])
+def test_mddq_operator_uses_the_straight_through_gradient(text):
     (x,) = _double((4, 10))
-    scale = torch.tensor([0.02, 0.03], dtype=torch.float64)
-    grad = torch.randn(4, 10, dtype=torch.float64)
-    y = ops.mddq(x, scale, "4x0e+2x1o", "s8 m8d8", "l")
-    from gaq_compile.config import activation_scheme
-
-    expected = fake_quantize_backward(grad, x.detach(), scale, "4x0e+2x1o", activation_scheme("s8 m8d8"))
+    scale = torch.tensor([0.02, 0.004, 0.011, 0.0031, 0.03, 0.009], dtype=torch.float64)
+    grad, scheme = torch.randn(4, 10, dtype=torch.float64), activation_scheme(text)
+    y = ops.mddq(x, scale, "4x0e+2x1o", text, "l")
+    assert torch.equal(y, fake_quantize(x.detach(), scale, "4x0e+2x1o", scheme))
+    expected = fake_quantize_backward(grad, x.detach(), scale, "4x0e+2x1o", scheme)
     _close(torch.autograd.grad(y, x, grad), [expected])
+
+
+# --- integer weights ----------------------------------------------------------------------------------
+
+INTEGERS = "3x0e+2x1o+4x1o+2x0e -> 4x1o+2x0e+1x1o"  # 11 channels, two blocks that merge
+STEPS = torch.tensor([0.02, 0.003, 0.011, 0.007, 0.03, 0.0041, 0.009, 0.013, 0.0029, 0.05, 0.0053])
+
+
+def _integers(bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes as they are stored, plain, and scales."""
+    spec, top = linear_spec(INTEGERS), {8: 127, 4: 7}[bits]
+    codes = torch.randint(-top, top + 1, (spec.weight_numel,)).to(torch.int8)
+    return pack_int4(codes) if bits == 4 else codes, codes, 0.001 + 0.01 * torch.rand(spec.scale_numel)
+
+
+def _meaning(codes: torch.Tensor, scale: torch.Tensor, steps: torch.Tensor | None) -> torch.Tensor:
+    """``scale[path, w] C[u, w] / steps[u]``, weight by weight."""
+    spec = linear_spec(INTEGERS)
+    weight = torch.zeros(spec.weight_numel)
+    for path in spec.paths:
+        a, b = path.block_in, path.block_out
+        for u in range(a.mul):
+            for w in range(b.mul):
+                i = path.offset + u * b.mul + w
+                held = 1.0 if steps is None else float(steps[a.channel + u])
+                weight[i] = float(scale[path.scale_offset + w]) * int(codes[i]) / held
+    return weight
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("steps", [None, STEPS], ids=["plain", "held"])
+def test_decode_weight(bits, steps):
+    stored, codes, scale = _integers(bits)
+    got = ops.decode_weight(stored, scale, steps, bits, INTEGERS, "l")
+    _close([got], [_meaning(codes, scale, steps)])
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(
+    ("scheme", "bits"),
+    [("s8 m8d8", 8), ("s8 c8", 8), ("s8 m8exact", 8), ("s8 m8d8 common", 4), ("s8 m8exact common", 8)],
+)
+def test_int_linear_is_the_float_linear_of_what_integers_stand_for(scheme, bits, transpose):
+    stored, codes, scale = _integers(bits)
+    common, spec = scheme.endswith("common"), linear_spec(INTEGERS)
+    held = None if common else STEPS
+    weight, bias = _meaning(codes, scale, held), torch.randn(2)
+    x = torch.randn(6, dim(spec.irreps_out if transpose else spec.irreps_in))
+    if transpose:  # a gradient, float: the codes' steps are divided out
+        got = ops.int_irreps_linear(x, held, stored, scale, None, INTEGERS, "f32", bits, True, "l")
+        _close([got], [reference.irreps_linear(x, weight, None, INTEGERS, True)])
+        return
+    got = ops.int_irreps_linear(x, STEPS, stored, scale, bias, INTEGERS, scheme, bits, False, "l")
+    rounded = fake_quantize(x, STEPS, spec.irreps_in, activation_scheme(scheme))
+    _close([got], [reference.irreps_linear(rounded, weight, bias, INTEGERS, False)])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("steps", [None, STEPS], ids=["plain", "held"])
+def test_gradient_in_integers_is_divided_by_the_steps_that_codes_hold(bits, steps):
+    stored, codes, scale = _integers(bits)
+    spec = linear_spec(INTEGERS)
+    grad = torch.randn(6, dim(spec.irreps_out))
+    got = ops.int_irreps_linear(grad, steps, stored, scale, None, INTEGERS, "g16", bits, True, "l")
+    expected = torch.zeros(6, dim(spec.irreps_in))
+    for path in spec.paths:
+        a, b = path.block_in, path.block_out
+        rows = reference.view(grad, b) * scale[path.scale_offset : path.scale_offset + b.mul]
+        rows = fake_quantize_gradient(rows)
+        matrix = codes[path.offset : path.offset + path.numel].view(a.mul, b.mul).double()
+        held = torch.ones(a.mul) if steps is None else steps[a.channel : a.channel + a.mul]
+        reference.view(expected, a).add_((rows @ matrix.T) / held)
+    _close([got], [expected])
+    exact = reference.irreps_linear(grad, _meaning(codes, scale, steps), None, INTEGERS, True)
+    assert torch.allclose(got, exact, rtol=0, atol=1e-3 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])

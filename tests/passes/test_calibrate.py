@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from gaq_compile.config import activation_scheme, preset, resolve
 from gaq_compile.errors import StructureError
 from gaq_compile.numerics.observers import make_observer
-from gaq_compile.passes.calibrate import calibrate
+from gaq_compile.passes.calibrate import calibrate, quantization_sites
 from gaq_compile.passes.insert_mddq import insert_mddq
+from gaq_compile.passes.weigh_channels import ChannelCosts
+from gaq_compile.passes.widen_activations import widen_activations
 
 gaq, aten = torch.ops.gaq, torch.ops.aten
 SPEC = "2x0e+2x1o -> 2x0e+2x1o"
@@ -36,12 +40,27 @@ def test_steps_are_the_observer_s(two_layers, scheme, assert_pure):
     config, batches = preset(scheme), _batches(1, 2, 3)
     steps = assert_pure(lambda graph: calibrate(graph, batches, config), two_layers)
     assert set(steps) == {"first", "second"}
-    state = make_observer(config.observer, config.headroom).start()
+    state = make_observer(config.observer, config.headroom).start(config.granularity)
     for (x,) in batches:
         state.observe(x, "2x0e+2x1o", activation_scheme(config.activation))
     assert torch.equal(steps["first"], state.scale())
-    assert steps["first"].shape == steps["second"].shape == (2,)
-    assert (steps["second"] > 10 * steps["first"]).all()
+    assert steps["first"].shape == steps["second"].shape == (4,)
+    assert (steps["second"] > 10 * steps["first"].max()).all()
+    per_block = [len(steps["first"][:2].unique()), len(steps["first"][2:].unique())]
+    assert per_block == ([1, 1] if scheme == "naive-w8a8" else [2, 2])
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
+def test_granularity_and_observer_are_the_configuration_s(two_layers, observer):
+    found = {}
+    for granularity in ("channel", "block"):
+        config = replace(preset("w8a8"), observer=observer, granularity=granularity)
+        state = make_observer(observer, config.headroom).start(granularity)
+        for (x,) in _batches(1, 2, 3):
+            state.observe(x, "2x0e+2x1o", activation_scheme(config.activation))
+        found[granularity] = calibrate(two_layers, _batches(1, 2, 3), config)["first"]
+        assert torch.equal(found[granularity], state.scale())
+    assert not torch.equal(found["channel"], found["block"])
 
 
 def test_more_data_never_narrows_the_range(two_layers):
@@ -70,8 +89,10 @@ def test_a_layer_used_twice_covers_both_uses(with_weights):
     ((x,),) = _batches(1)
     steps = calibrate(graph, [[x]], preset("w8a8"))["shared"]
     scheme = activation_scheme("s8 m8d8")
-    largest = torch.stack([(100 * x[:, :2]).abs().max(), (100 * x[:, 2:]).reshape(6, 3, 2).norm(dim=1).max()])
-    assert (steps * torch.tensor([scheme.qmax(0), scheme.qmax(1)]) >= largest).all()
+    scalars, vectors = (100 * x[:, :2]).abs().amax(0), (100 * x[:, 2:]).reshape(6, 3, 2).norm(dim=1).amax(0)
+    reach = steps * torch.tensor([scheme.qmax(0)] * 2 + [scheme.qmax(1)] * 2)
+    assert (reach >= torch.cat([scalars, vectors])).all()
+    torch.testing.assert_close(reach, 1.1 * torch.cat([scalars, vectors]))
 
 
 def test_one_hot_input_stays_exact(with_weights):
@@ -83,11 +104,14 @@ def test_one_hot_input_stays_exact(with_weights):
 
     graph = with_weights(function, w=torch.randn(16))
     numbers = torch.tensor([1, 7, 0])
-    both = [
-        insert_mddq(graph, config, calibrate(graph, [[numbers[:1]]], config))
-        for config in (preset("w8"), preset("w8a8"))
-    ]
-    assert torch.equal(both[0](numbers), both[1](numbers))
+    results = []
+    for scheme in ("w8", "w8a8", "w4", "w4a8"):
+        config = preset(scheme)
+        steps = calibrate(graph, [[numbers[:1]]], config)
+        assert not steps or torch.equal(steps["embedding"], torch.ones(8))
+        sites = widen_activations(quantization_sites(graph, config), steps, ChannelCosts(), None)
+        results.append(insert_mddq(graph, config, sites)(numbers))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[2], results[3])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.fx import Node
 
+from ...config import activation_scheme
 from ...ir.specs import linear_spec
 from ...numerics.packing import unpack_int4
 from ...operators.registration import ops
@@ -122,6 +123,8 @@ def _mddq(node: Node, attribute: Attribute, target: str) -> Lowered | Refused:
     x, scale, irreps, scheme, _ = node.args
     if not _constant(scale):
         return Refused("activation steps are computed at run time, kernels need them fixed")
+    if activation_scheme(str(scheme)).common:
+        return Refused("activations on a common grid have a kernel only together with integer weights")
     return Lowered(lower_mddq(str(irreps), str(scheme), attribute(scale), target), "f32", (x,))
 
 

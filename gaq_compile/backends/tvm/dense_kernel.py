@@ -27,7 +27,7 @@ _WEIGHTS = {"f32": "float32", "s8": "int8", "s4": "uint8"}
 def dense_text(plan: DensePlan, parallel: bool) -> str:
     """The TVMScript module of a plan.
 
-    ``main(x, y, weight, [scale], [sums], [steps], [bias], task)``: x (N, dim_in) and y (N, dim_out)
+    ``main(x, y, weight, [scale], [sums], [steps], [fine], [bias], task)``: x (N, dim_in) and y (N, dim_out)
     float32, the packed constants, and ``task``, the rows per task (at most the schedule's).
     """
     names = arguments(plan)
@@ -56,6 +56,7 @@ def arguments(plan: DensePlan) -> dict[str, str]:
         "scale": "float32",
         "sums": "int32",
         "steps": "float32",
+        "fine": "float32",
         "bias": "float32",
     }
     return {"x": "float32", "y": "float32"} | {k: v for k, v in every.items() if found[k]}
@@ -63,8 +64,9 @@ def arguments(plan: DensePlan) -> dict[str, str]:
 
 def sizes(plan: DensePlan) -> dict[str, int]:
     """Elements of each packed constant."""
-    quantized = [o.index for o in plan.operands if o.rule not in ("direct", *WEIGHED)]
-    return plan.sizes | {"steps": max(quantized, default=-1) + 1}
+    quantized = [o.index + o.block.mul for o in plan.operands if o.rule not in ("direct", *WEIGHED)]
+    steps, scheme = max(quantized, default=0), plan.problem.scheme
+    return plan.sizes | {"steps": steps, "fine": steps if scheme is not None and scheme.common else 0}
 
 
 def _buffers(plan: DensePlan) -> list[str]:
@@ -110,7 +112,11 @@ def _convert(plan: DensePlan, o: Operand) -> list[str]:
         lines.append(f"s = {vector('scale', f'{o.index} + u', lanes)}")
         values = [f"v{c} * s" for c in comps]
     else:
-        lines += _RULES[o.rule](activation_scheme(plan.problem.activation), o, lanes)
+        lines.append(f"s = {vector('steps', f'{o.index} + u', lanes)}")
+        scheme = activation_scheme(plan.problem.activation)
+        if scheme.common:
+            lines.append(f"fine = {vector('fine', f'{o.index} + u', lanes)}")
+        lines += _RULES[o.rule](scheme, o, lanes)
         values = [_stored(plan, o, c, lanes) for c in comps]
     for c, value in zip(comps, values, strict=True):
         lines.append(f"{_tile(plan, o, 'r', f'{c * o.width} + u', lanes)} = {value}")
@@ -187,8 +193,11 @@ def _stored(plan: DensePlan, o: Operand, c: int, lanes: int) -> str:
     """The value of component c in the tile buffer, from its operand ``X{c}`` (a whole float)."""
     dtype = plan.unit.storage(o.kind)
     if dtype == "float32":
-        fraction = plan.problem.scheme.fraction_bits if o.block.l and plan.problem.scheme else 0
-        return f"X{c} * {splat(f'(steps[{o.index}] * {literal(2.0**-fraction)})', lanes)}"
+        if plan.problem.weight != "f32":  # the weights hold the steps
+            return f"X{c}"
+        scheme = plan.problem.scheme
+        fraction = scheme.fraction_bits(o.block.l) if scheme is not None else 0
+        return f"X{c} * (s * {splat(literal(2.0**-fraction), lanes)})"
     integer = f'T.Cast("{_many("int32", lanes)}", X{c})'
     if plan.unit.offset(o.kind):
         integer += f" + {splat(str(plan.unit.offset(o.kind)), lanes)}"
@@ -196,11 +205,12 @@ def _stored(plan: DensePlan, o: Operand, c: int, lanes: int) -> str:
 
 
 def _component(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
-    step, top = splat(f"steps[{o.index}]", lanes), scheme.qmax(o.block.l)
+    top = scheme.qmax(o.block.l)
     high, low = splat(literal(float(top)), lanes), splat(literal(float(-top)), lanes)
-    return [
-        f"X{c} = T.max(T.min(T.nearbyint(v{c} / {step}), {high}), {low})" for c in range(o.block.components)
-    ]
+    codes = [f"T.max(T.min(T.nearbyint(v{c} / s), {high}), {low})" for c in range(o.block.components)]
+    if scheme.common:
+        codes = [f"T.nearbyint({code} * fine)" for code in codes]
+    return [f"X{c} = {code}" for c, code in enumerate(codes)]
 
 
 def _magnitude(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
@@ -208,13 +218,13 @@ def _magnitude(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
     top = splat(literal(float(scheme.qmax(o.block.l))), lanes)
     return [
         f"m1 = T.sqrt({squares})",
-        f"q = T.min(T.nearbyint(m1 / {splat(f'steps[{o.index}]', lanes)}), {top})",
+        f"q = T.min(T.nearbyint(m1 / s), {top})",
     ]
 
 
 def _exact(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
     zero = splat(literal(0.0), lanes)
-    factor = f"f = T.Select(q == {zero}, {zero}, q / m1)"
+    factor = f"f = T.Select(q == {zero}, {zero}, {'q * fine' if scheme.common else 'q'} / m1)"
     return [*_magnitude(scheme, o, lanes), factor, *(f"X{c} = v{c} * f" for c in range(o.block.components))]
 
 
@@ -222,13 +232,13 @@ def _mddq(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
     comps = range(o.block.components)
     zero = splat(literal(0.0), lanes)
     levels = splat(literal(float(scheme.direction_levels)), lanes)
-    fraction = splat(literal(2.0**scheme.fraction_bits), lanes)
+    fine = "fine" if scheme.common else splat(literal(2.0 ** scheme.fraction_bits(o.block.l)), lanes)
     return [
         *_magnitude(scheme, o, lanes),
         f"g = T.Select(q == {zero}, {zero}, {levels} / m1)",
         *(f"d{c} = T.nearbyint(v{c} * g)" for c in comps),
         f"h = T.sqrt({' + '.join(f'd{c} * d{c}' for c in comps)})",
-        f"f = T.Select(q == {zero}, {zero}, q * {fraction} / h)",
+        f"f = T.Select(q == {zero}, {zero}, q * {fine} / h)",
         *(f"X{c} = T.nearbyint(d{c} * f)" for c in comps),
     ]
 

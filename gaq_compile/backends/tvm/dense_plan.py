@@ -9,12 +9,13 @@ are packed in column tiles of ``vectors`` registers, ``[tile][K / step][vectors 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ...config import ActivationScheme, activation_scheme
 from ...errors import LoweringError
-from ...ir.layout import Block, blocks, dim, simplified
+from ...ir.layout import Block, blocks, dim
 from ...ir.specs import LinearPath, LinearSpec, linear_spec
 from .vnni import VectorUnit, vector_unit
 
@@ -63,8 +64,12 @@ class LinearProblem:
                 where=str(self),
                 fix="use activation='f32', or transpose=True with weights s8 or s4",
             )
-        if self.activation not in ("f32", GRADIENT):
-            activation_scheme(self.activation)
+        if self.scheme is not None and self.scheme.common and self.weight == "f32":
+            raise LoweringError(
+                "activations on a common grid are for integer weights",
+                where=str(self),
+                fix="leave 'common' out of the activation scheme, or use weights s8 or s4",
+            )
         linear_spec(self.spec)
 
     @property
@@ -121,7 +126,7 @@ class Operand:
         block: where it lies in x.
         width: channels per component in the tile buffer.
         offset: its first element in a row of the tile buffer.
-        index: its step's place in ``steps``; for gradients, its place in ``scale``.
+        index: its first step's place in ``steps`` (and in ``fine``); for gradients, in ``scale``.
         slot: its place among the operands whose NaNs are watched; -1 where floats carry them.
         step: the first component's place among a row's dynamic steps; -1 where steps are static.
     """
@@ -211,8 +216,7 @@ class DensePlan:
             ends["weight"] = p.weight + groups(self, kind, p.depth) * self.unit.step(kind) * wide
             ends["scale"] = max(ends["scale"], p.scale + wide if p.scale >= 0 else 0)
             ends["sums"] = max(ends["sums"], p.sums + wide if p.sums >= 0 else 0)
-        if self.problem.transpose:
-            ends["scale"] = max((o.index + o.width for o in self.operands if o.rule in WEIGHED), default=0)
+        ends["scale"] = max(ends["scale"], _weighed(self.operands))
         ends["bias"] = sum(padded(b.mul, self.unit.lanes) for b in self.biased)
         return ends
 
@@ -312,13 +316,17 @@ def _operand(problem: LinearProblem, block: Block) -> Operand:
     scheme = problem.scheme
     if scheme is None:
         return Operand("f32", "direct", block)
-    owners = blocks(simplified(problem.irreps_in))
-    index = next(i for i, o in enumerate(owners) if o.base <= block.base < o.base + o.stride)
     rule = "component" if block.l == 0 else scheme.vector
     if rule == "exact" or problem.weight == "f32":
-        return Operand("f32", rule, block, index=index)
+        return Operand("f32", rule, block, index=block.channel)
     bits = scheme.scalar_bits if block.l == 0 else scheme.vector_bits
-    return Operand("s8" if rule == "component" and bits <= 8 else "s16", rule, block, index=index)
+    narrow = rule == "component" and bits <= 8 and not scheme.common
+    return Operand("s8" if narrow else "s16", rule, block, index=block.channel)
+
+
+def _weighed(operands: Sequence[Operand]) -> int:
+    """Elements of ``scale`` that operands take; products' scales come after them."""
+    return max((o.index + o.width for o in operands if o.rule in WEIGHED), default=0)
 
 
 def _place(operands: list[Operand], unit: VectorUnit) -> tuple[Operand, ...]:
@@ -357,13 +365,13 @@ def _products(
     choice: dict[LinearPath, int],
 ) -> tuple[Product, ...]:
     found: list[Product] = []
-    weight = scale = sums = 0
+    weight, scale, sums = 0, _weighed(operands), 0
     draft = DensePlan(problem, unit, schedule, operands, ())
     for path in problem.linear.paths:
         operand = operands[choice[path]]
         block = path.block_in if problem.transpose else path.block_out
         wide = padded(block.mul, unit.lanes)
-        scales = problem.weight != "f32" and not problem.transpose
+        scales = problem.weight != "f32"
         for first in range(0, operand.block.mul, MAX_DEPTH[operand.kind]):
             depth = min(MAX_DEPTH[operand.kind], operand.block.mul - first)
             opens = all(p.block != block for p in found)

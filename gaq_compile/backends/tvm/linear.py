@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ...errors import LoweringError
-from ...ir.layout import blocks, simplified
+from ...ir.layout import Block, blocks, channels, simplified
+from ...numerics.weights import rows_of
 from .build import compile_kernel
 from .database import bucket, threads, tuned
 from .dense_kernel import arguments, dense_text, sizes
@@ -109,9 +110,11 @@ def lower_linear(
 
     Args:
         problem: what to compute.
-        weight: (spec.weight_numel,) float32, or int8 codes for weights ``"s8"`` and ``"s4"``.
+        weight: (spec.weight_numel,) float32, or int8 codes for weights ``"s8"`` and ``"s4"``; codes hold
+            the input's steps, where there are any (``numerics.weights.with_steps``) and the scheme
+            has no grid in common.
         weight_scale: (spec.scale_numel,) float32 steps of the codes; None for float weights.
-        x_scale: one float32 step per block of the simplified irreps_in; None for floats and gradients.
+        x_scale: one float32 step per channel of the spec's irreps_in; None where activations are float.
         bias: float32, concatenated over the 0e output blocks; None without bias.
         target: a TVM target in JSON.
         schedule: the kernel's constants; None takes what the tuning database holds, and the
@@ -174,11 +177,13 @@ def _kernel(plan: DensePlan, given: _Given, target: str, other: LinearKernel | N
     if other is not None and other.plan.products == plan.products:
         return LinearKernel(plan, target, other.constants)
     steps = torch.zeros(0) if given.x_scale is None else given.x_scale.detach().float().cpu().clone()
+    found = sizes(plan)
     packed = {
         "weight": _pack_weights(plan, given.weight),
         "scale": _pack_scales(plan, given.weight_scale, given.x_scale),
         "sums": _column_sums(plan, given.weight),
-        "steps": steps[: sizes(plan)["steps"]].clone(),
+        "steps": steps[: found["steps"]].clone(),
+        "fine": _pack_fine(plan, steps)[: found["fine"]].clone(),
         "bias": _pack_bias(plan, given.bias),
     }
     return LinearKernel(plan, target, tuple(packed[name] for name in arguments(plan) if name in packed))
@@ -204,7 +209,8 @@ def _check(
     bias: Tensor | None,
 ) -> None:
     spec, quantized = problem.linear, problem.weight != "f32"
-    scales = len(blocks(simplified(spec.irreps_in))) if problem.scheme is not None else None
+    held = problem.transpose and quantized and x_scale is not None
+    scales = channels(spec.irreps_in) if problem.scheme is not None or held else None
     expected = (
         ("weight", weight, spec.weight_numel, torch.int8 if quantized else torch.float32),
         ("weight_scale", weight_scale, spec.scale_numel if quantized else None, torch.float32),
@@ -257,7 +263,7 @@ def _pair(codes: Tensor) -> Tensor:
 
 
 def _pack_scales(plan: DensePlan, weight_scale: Tensor | None, x_scale: Tensor | None) -> Tensor:
-    """Per path and padded output channel: what an accumulator (or a gradient) is multiplied by."""
+    """What an accumulator is multiplied by, per path and padded output channel; before that a gradient."""
     packed = torch.zeros(plan.sizes["scale"])
     if weight_scale is None:
         return packed
@@ -266,15 +272,37 @@ def _pack_scales(plan: DensePlan, weight_scale: Tensor | None, x_scale: Tensor |
         for o, path in zip(plan.operands, plan.problem.linear.paths, strict=True):
             mul = path.block_out.mul
             packed[o.index : o.index + mul] = scale[path.scale_offset : path.scale_offset + mul]
+        for p in plan.products:
+            held = 1.0 if x_scale is None else 1.0 / rows_of(x_scale.detach().float().cpu(), p.path)[:, 0]
+            packed[p.scale : p.scale + p.block.mul] = held
         return packed
     for p in plan.products:
         o, mul = plan.operands[p.operand], p.block.mul
-        step = torch.ones(())
-        if o.kind != "f32" and x_scale is not None and scheme is not None:
-            step = x_scale.detach().float().cpu()[o.index]
-            step = step * 2.0**-scheme.fraction_bits if o.block.l else step
-        packed[p.scale : p.scale + mul] = scale[p.path.scale_offset : p.path.scale_offset + mul] * step
+        unit = torch.ones(())
+        if scheme is not None:
+            steps = _steps_around(plan, o.block, x_scale) if scheme.common else unit
+            unit = steps.max() * 2.0 ** -scheme.fraction_bits(o.block.l)
+        packed[p.scale : p.scale + mul] = scale[p.path.scale_offset : p.path.scale_offset + mul] * unit
     return packed
+
+
+def _steps_around(plan: DensePlan, block: Block, x_scale: Tensor | None) -> Tensor:
+    """The steps of all channels on one grid with a block's: those of its simplified block."""
+    if x_scale is None:
+        return torch.ones(1)
+    owners = blocks(simplified(plan.problem.irreps_in))
+    owner = next(o for o in owners if o.base <= block.base < o.base + o.stride)
+    return x_scale.detach().float().cpu()[owner.channel :][: owner.mul]
+
+
+def _pack_fine(plan: DensePlan, steps: Tensor) -> Tensor:
+    """``s[u] / S 2^f`` of every channel, with S the largest step of its block."""
+    scheme = plan.problem.scheme
+    if scheme is None or not scheme.common:
+        return torch.zeros(0)
+    owners = blocks(simplified(plan.problem.irreps_in))
+    parts = [(b.l, steps[b.channel :][: b.mul]) for b in owners]
+    return torch.cat([s / s.max() * 2.0 ** scheme.fraction_bits(l) for l, s in parts])
 
 
 def _column_sums(plan: DensePlan, weight: Tensor) -> Tensor:

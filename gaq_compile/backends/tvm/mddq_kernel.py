@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ...config import ActivationScheme, activation_scheme
 from ...errors import IrrepsError
-from ...ir.layout import Block, blocks, dim, simplified
+from ...ir.layout import Block, blocks, channels, dim, simplified
 from .build import compile_kernel
-from .emit import block_lanes, kernel_text, splat, vector
+from .emit import block_lanes, kernel_text, vector
 from .row_kernel import LANES, Emitter, at, row_loop, tiled
 
 
@@ -27,7 +27,7 @@ def lower_mddq(irreps: str, scheme: str, scale: Tensor, target: str) -> Callable
     Args:
         irreps: of x, float32, contiguous, component-major.
         scheme: an activation scheme such as ``"s8 m8d8"``.
-        scale: (n_blocks,) steps of the simplified irreps.
+        scale: (n_channels,) steps.
         target: a TVM target in JSON.
 
     Raises:
@@ -66,9 +66,9 @@ def mddq_source(irreps: str, scheme: str) -> str:
     """TVMScript of ``main(x, scale, xhat)``; arguments and errors as :func:`lower_mddq`."""
     chosen = activation_scheme(scheme)
     body: list[str] = []
-    for index, block in enumerate(_blocks(irreps)):
+    for block in _blocks(irreps):
         e = Emitter(block_lanes(block.mul, LANES))
-        body += _tiles(e, block, _quantize(e, index, block, chosen), "xhat")
+        body += _tiles(e, block, _quantize(e, block, chosen), "xhat")
     return _text(irreps, ("x",), "xhat", body)
 
 
@@ -77,14 +77,14 @@ def mddq_backward_source(irreps: str, scheme: str) -> str:
     """TVMScript of ``main(grad, x, scale, gx)``; arguments and errors as :func:`lower_mddq`."""
     chosen = activation_scheme(scheme)
     body: list[str] = []
-    for index, block in enumerate(_blocks(irreps)):
+    for block in _blocks(irreps):
         e = Emitter(block_lanes(block.mul, LANES))
-        body += _tiles(e, block, _gradient(e, index, block, chosen), "gx")
+        body += _tiles(e, block, _gradient(e, block, chosen), "gx")
     return _text(irreps, ("grad", "x"), "gx", body)
 
 
 def _text(irreps: str, inputs: tuple[str, ...], output: str, body: list[str]) -> str:
-    width, count = dim(irreps), len(_blocks(irreps))
+    width, count = dim(irreps), channels(irreps)
     buffers = [(name, f"n, {width}", "float32") for name in inputs]
     buffers += [("scale", str(count), "float32"), (output, f"n, {width}", "float32")]
     return kernel_text(buffers, row_loop(body, (1 + len(inputs)) * width))
@@ -95,9 +95,9 @@ def _blocks(irreps: str) -> tuple[Block, ...]:
 
 
 def _steps(scale: Tensor, irreps: str) -> Tensor:
-    count = len(_blocks(irreps))
+    count = channels(irreps)
     if tuple(scale.shape) != (count,):
-        raise IrrepsError(f"expected {count} scales, one per block, got {tuple(scale.shape)}", where=irreps)
+        raise IrrepsError(f"expected {count} scales, one per channel, got {tuple(scale.shape)}", where=irreps)
     return scale.detach().to(torch.float32).contiguous()
 
 
@@ -118,6 +118,11 @@ def _by_component(block: Block, scheme: ActivationScheme) -> bool:
     return block.l == 0 or scheme.vector == "component"
 
 
+def _step(e: Emitter, block: Block) -> str:
+    """The steps of one tile's channels."""
+    return e.let(vector("scale", at(block.channel, e.lanes), e.lanes))
+
+
 def _norm(e: Emitter, values: list[str]) -> str:
     return e.let(f"T.sqrt({' + '.join(f'{v} * {v}' for v in values)})")
 
@@ -127,9 +132,9 @@ def _magnitude(e: Emitter, ratio: str, qmax: int) -> str:
     return e.let(f"T.min({e.number(qmax)}, T.nearbyint({ratio}))")
 
 
-def _quantize(e: Emitter, index: int, block: Block, scheme: ActivationScheme) -> list[str]:
+def _quantize(e: Emitter, block: Block, scheme: ActivationScheme) -> list[str]:
     """xhat of one tile, by component."""
-    s = e.let(splat(f"scale[{index}]", e.lanes))
+    s = _step(e, block)
     qmax = scheme.qmax(block.l)
     x = _load(e, "x", block)
     if _by_component(block, scheme):
@@ -143,17 +148,17 @@ def _quantize(e: Emitter, index: int, block: Block, scheme: ActivationScheme) ->
         g = e.let(f"{q} / {m}")
         operand = [f"{v} * {g}" for v in x]
     else:
-        step = e.let(f"{s} * {e.number(2.0**-scheme.fraction_bits)}")
+        step = e.let(f"{s} * {e.number(2.0 ** -scheme.fraction_bits(block.l))}")
         g = e.let(f"{e.number(scheme.direction_levels)} / {m}")
         n = [e.let(f"T.nearbyint({v} * {g})") for v in x]
-        f = e.let(f"{q} * {e.number(2.0**scheme.fraction_bits)} / {_norm(e, n)}")
+        f = e.let(f"{q} * {e.number(2.0 ** scheme.fraction_bits(block.l))} / {_norm(e, n)}")
         operand = [f"T.nearbyint({c} * {f})" for c in n]
     return [e.let(f"T.Select({q} == {zero}, {zero}, {step} * ({value}))") for value in operand]
 
 
-def _gradient(e: Emitter, index: int, block: Block, scheme: ActivationScheme) -> list[str]:
+def _gradient(e: Emitter, block: Block, scheme: ActivationScheme) -> list[str]:
     """The straight-through gradient of one tile, by component."""
-    s = e.let(splat(f"scale[{index}]", e.lanes))
+    s = _step(e, block)
     zero, qmax = e.number(0.0), e.number(scheme.qmax(block.l))
     g, x = _load(e, "grad", block), _load(e, "x", block)
     if _by_component(block, scheme):

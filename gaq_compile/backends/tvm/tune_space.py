@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...ir.layout import blocks, dim, simplified
+from ...ir.layout import blocks, dim
 from ...ir.specs import tensor_product_spec
 from .build import kernel_key
 from .conv import backward_source, forward_source
@@ -223,7 +223,7 @@ def _linear_tensors(
     scheme = problem.scheme
     if scheme is None:
         return x, (weight, scale, None, bias)
-    steps = torch.tensor([2.5 / scheme.qmax(b.l) for b in blocks(simplified(spec.irreps_in))])
+    steps = torch.cat([torch.full((b.mul,), 2.5 / scheme.qmax(b.l)) for b in blocks(spec.irreps_in)])
     return x, (weight, scale, steps, bias)
 
 

@@ -1,0 +1,103 @@
+"""Activations that cost most per multiplication get 16 bits instead of 8.
+
+A rounded site costs ``sum_u I[u] v[u]`` (:mod:`.weigh_channels`), with variances v of ``s[u]^2 / 12``
+for a step s, or of ``x[u]^2`` itself where that is less; 16 bits cost next to nothing. Integer
+products of 16 bits take twice as long as those of 8, so sites are widened in the order of what they
+cost per multiplication, as long as all wide ones together take at most a given share of the
+multiplications. In practice these are the first layers of radial networks, with
+few inputs that everything else depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..config import ActivationScheme, activation_scheme
+from ..ir.layout import blocks, dim
+from ..ir.specs import linear_spec
+from .calibrate import Site
+from .graph_tools import gaq
+from .weigh_channels import ChannelCosts
+
+WIDE = 16
+
+
+@dataclass(frozen=True)
+class RoundedSite:
+    """How one site is rounded.
+
+    Attributes:
+        scheme: the activation scheme.
+        steps: (n_channels,).
+        error: what the rounding costs; 0 where it is not known, or no bits are short.
+    """
+
+    scheme: str
+    steps: Tensor
+    error: float = 0.0
+
+
+def widen_activations(
+    sites: Sequence[Site], steps: Mapping[str, Tensor], costs: ChannelCosts, max_share: float | None
+) -> dict[str, RoundedSite]:
+    """The scheme and the steps of every site, by its label.
+
+    Args:
+        sites: from :func:`.calibrate.quantization_sites`.
+        steps: theirs, from :func:`.calibrate.calibrate`.
+        costs: theirs, from :func:`.weigh_channels.weigh_channels`; sites that are not among them stay.
+        max_share: of all multiplications, what wide sites may take; None widens nothing.
+    """
+    found: dict[str, RoundedSite] = {}
+    work: dict[str, float] = {}
+    for site in sites:
+        found[site.label] = RoundedSite(site.scheme, steps[site.label], _cost(site, steps[site.label], costs))
+        work[site.label] = work.get(site.label, 0.0) + _multiplications(site, costs)
+    left = (max_share or 0.0) * sum(work.values())
+    for label in sorted(found, key=lambda k: -found[k].error / max(work[k], 1.0)):
+        narrow = activation_scheme(found[label].scheme).scalar_bits < WIDE
+        if narrow and found[label].error > 0 and 0 < work[label] <= left:
+            left -= work[label]
+            irreps = next(site.irreps for site in sites if site.label == label)
+            found[label] = _widened(found[label], irreps)
+    return found
+
+
+def _cost(site: Site, steps: Tensor, costs: ChannelCosts) -> float:
+    if site.label not in costs.impacts:
+        return 0.0
+    variance = torch.minimum(steps.double() ** 2 / 12.0, costs.powers[site.label])
+    return float((costs.impacts[site.label] * variance).sum())
+
+
+def _multiplications(site: Site, costs: ChannelCosts) -> float:
+    """Per atom, of the layers that read the site."""
+    per_row = 0.0
+    for node in site.consumers:
+        if node.target is gaq.irreps_linear.default:
+            paths = linear_spec(str(node.args[3])).paths
+            per_row += sum(path.numel * path.block_in.components for path in paths)
+        else:
+            per_row += dim(site.irreps)
+    return costs.rows.get(site.label, 0.0) * per_row
+
+
+def _widened(site: RoundedSite, irreps: str) -> RoundedSite:
+    narrow = activation_scheme(site.scheme)
+    wide = replace(
+        narrow,
+        scalar_bits=WIDE,
+        vector_bits=WIDE,
+        direction_bits=WIDE if narrow.vector == "mddq" else 0,
+    )
+    return RoundedSite(str(wide), site.steps * _finer(narrow, wide, irreps))
+
+
+def _finer(narrow: ActivationScheme, wide: ActivationScheme, irreps: str) -> Tensor:
+    """Of every channel, how much smaller the step of the same range is."""
+    parts = [torch.full((b.mul,), narrow.qmax(b.l) / wide.qmax(b.l)) for b in blocks(irreps)]
+    return torch.cat(parts) if parts else torch.zeros(0)

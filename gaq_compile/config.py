@@ -27,7 +27,7 @@ DEFAULT_SCHEME = "w8"
 OBSERVERS = ("minmax", "percentile", "mse")
 GRANULARITIES = ("channel", "block")
 ROUNDINGS = ("second-order", "nearest")
-WEIGHT_BITS = (4, 8)
+WEIGHT_BITS = (4, 8, 16)
 WIDE_SHARE = 0.1  # of the multiplications, for 8-bit activations (docs/numerics.md)
 FOUR_BIT_SHARE = 0.148  # of float32's bytes; all weights at 4 bits take 0.135 to 0.139 with their scales
 
@@ -128,7 +128,7 @@ def activation_scheme(text: str) -> ActivationScheme:
 
 def _check_precision(weight_bits: Any, activation: Any, where: str) -> None:
     if weight_bits is not None and (type(weight_bits) is not int or weight_bits not in WEIGHT_BITS):
-        raise ConfigError(f"weight_bits must be 8, 4 or None, not {weight_bits!r}", where=where)
+        raise ConfigError(f"weight_bits must be 16, 8, 4 or None, not {weight_bits!r}", where=where)
     if activation is None:
         return
     if not isinstance(activation, str):
@@ -143,7 +143,7 @@ class LayerConfig:
     """One layer's precision.
 
     Args:
-        weight_bits: 8, 4 or None for float32.
+        weight_bits: 16, 8, 4 or None for float32.
         activation: an activation scheme such as "s8 m8d8", or None for float32.
 
     Raises:
@@ -177,7 +177,7 @@ class QuantConfig:
 
     Args:
         scheme: its name, for reports; :func:`preset` knows the usual ones.
-        weight_bits: 8, 4 or None for float32.
+        weight_bits: 16, 8, 4 or None for float32.
         activation: an activation scheme such as "s8 m8d8", or None for float32.
         observer: "minmax", "percentile" or "mse".
         granularity: what has an activation step of its own: every "channel" or every "block" of irreps.

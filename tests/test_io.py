@@ -294,7 +294,9 @@ def test_steps_of_every_channel_are_in_the_file(saved):
     assert header["format"] == 2 and header["config"]["version"] == 2
     assert tensors["mix_steps"].shape == tensors["wide_steps"].shape == (8,)
     nodes = [n for n in header["nodes"] if "int_irreps_linear" in n["target"]]
-    schemes = [[a for a in n["args"] if isinstance(a, str) and (a[0] == "s" or a in ("f32", "g16"))] for n in nodes]
+    schemes = [
+        [a for a in n["args"] if isinstance(a, str) and (a[0] == "s" or a in ("f32", "g16"))] for n in nodes
+    ]
     assert ["s8 m8d8 common"] in schemes and ["s8 m8d8"] in schemes and ["g16"] in schemes
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ir.layout import Block, view
 from ..ir.specs import LinearPath, LinearSpec
-from .weights import QMAX, TINY, check_weight, column_scales, dequantize_weight
+from .weights import QMAX, TINY, check_weight, column_scales, dequantize_weight, stored_scale
 
 DAMPING = 0.01  # of H's mean diagonal (or of the inputs' mean): what the few examples lack must not be free
 SWEEPS = 4  # of coordinate descent; it has settled by then
@@ -168,7 +168,7 @@ def _cost(error: Tensor, hessian: Tensor) -> Tensor:
 def _steps(matrix: Tensor, ratio: float, bits: int) -> Tensor:
     """The step of every weight of a path (in, out), the same along the inputs; float32 values."""
     largest = matrix.abs().amax(0).float()
-    step = torch.where(largest > TINY, largest * (ratio / QMAX[bits]), 1.0)
+    step = stored_scale(torch.where(largest > TINY, largest * (ratio / QMAX[bits]), 1.0))
     return step.double().expand(matrix.shape[0], -1)
 
 

@@ -1,6 +1,7 @@
 """Weights of an irreps-linear as integers: ``W[u, w] = scale[path, w] * C[u, w]``.
 
-One scale per path and output channel. A linear mixes channels only, so rounding its weights
+One scale per path and output channel, a number that bfloat16 holds: integers are chosen for the
+rounded scale, so two bytes for it lose nothing. A linear mixes channels only, so rounding its weights
 commutes with rotations: it never costs equivariance.
 """
 
@@ -13,7 +14,8 @@ from ..errors import ConfigError, GaqError, IrrepsError
 from ..ir.layout import channels
 from ..ir.specs import LinearPath, LinearSpec
 
-QMAX = {8: 127, 4: 7}
+QMAX = {16: 32767, 8: 127, 4: 7}
+CODES = {16: torch.int16, 8: torch.int8, 4: torch.int8}
 
 # Of 15 levels the outermost are worth giving up: the best clip lies between half the range and all of it.
 _CLIPPING = tuple(1.0 - 0.025 * k for k in range(21))
@@ -24,17 +26,17 @@ TINY = 1e-30  # a column this small is zero in float32 arithmetic; its step woul
 def quantize_weight(weight: Tensor, spec: LinearSpec, bits: int) -> tuple[Tensor, Tensor]:
     """Round a linear's weights to integers, symmetric per path and output channel.
 
-    8 bits: ``scale = max|W[:, w]| / 127``. 4 bits: the scale among a few clipping ratios of
+    8 bits: ``scale = max|W[:, w]| / 127``, and 16 alike. 4 bits: the scale among a few clipping ratios of
     ``max|W[:, w]| / 7`` with the smallest squared error. Columns of zeros get scale 1.
 
     Args:
         weight: (spec.weight_numel,) float.
         spec: the linear.
-        bits: 8 or 4.
+        bits: 16, 8 or 4.
 
     Returns:
-        Codes (spec.weight_numel,) int8 in the weights' order, |C| <= 127 or 7, and scales
-        (spec.scale_numel,) float32.
+        Codes (spec.weight_numel,) int8 (int16 for 16 bits) in the weights' order, |C| <= 32767, 127
+        or 7, and scales (spec.scale_numel,) float32.
 
     Raises:
         ConfigError: for other bits.
@@ -42,7 +44,7 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, bits: int) -> tuple[Tensor
         GaqError: if a weight is not finite.
     """
     check_weight(weight, spec, bits)
-    codes = torch.empty(spec.weight_numel, dtype=torch.int8, device=weight.device)
+    codes = torch.empty(spec.weight_numel, dtype=CODES[bits], device=weight.device)
     scale = torch.empty(spec.scale_numel, dtype=torch.float32, device=weight.device)
     for path in spec.paths:
         columns = weight.detach()[path.offset : path.offset + path.numel].view(-1, path.block_out.mul)
@@ -55,7 +57,7 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, bits: int) -> tuple[Tensor
 def check_weight(weight: Tensor, spec: LinearSpec, bits: int) -> None:
     """Refuse weights that cannot be rounded; raises what :func:`quantize_weight` says."""
     if bits not in QMAX:
-        raise ConfigError(f"weights of {bits} bits are not supported", where=str(spec), fix="use 8 or 4")
+        raise ConfigError(f"weights of {bits} bits are not supported", where=str(spec), fix="use 16, 8 or 4")
     _check(weight, spec.weight_numel, "weights", spec)
     if not bool(torch.isfinite(weight).all()):
         raise GaqError("a weight is NaN or infinite", where=str(spec), fix="check the model's parameters")
@@ -116,16 +118,16 @@ def rows_of(steps: Tensor, path: LinearPath) -> Tensor:
 
 
 def weight_bytes(spec: LinearSpec, bits: int | None) -> int:
-    """Bytes of a linear's stored weights: (packed) codes and float32 scales; None means float32.
+    """Bytes of a linear's stored weights: (packed) codes and bfloat16 scales; None means float32.
 
     Raises:
-        ConfigError: for bits other than 8, 4 or None.
+        ConfigError: for bits other than 16, 8, 4 or None.
     """
     if bits is None:
         return 4 * spec.weight_numel
     if bits not in QMAX:
-        raise ConfigError(f"weights of {bits} bits are not supported", where=str(spec), fix="use 8 or 4")
-    return (spec.weight_numel * bits + 7) // 8 + 4 * spec.scale_numel
+        raise ConfigError(f"weights of {bits} bits are not supported", where=str(spec), fix="use 16, 8 or 4")
+    return (spec.weight_numel * bits + 7) // 8 + 2 * spec.scale_numel
 
 
 def column_scales(columns: Tensor, bits: int) -> Tensor:
@@ -135,18 +137,25 @@ def column_scales(columns: Tensor, bits: int) -> Tensor:
     full = columns.abs().amax(0)
     zero = full <= TINY
     full = torch.where(zero, 1.0, full / QMAX[bits]).to(torch.float32)
-    if bits == 8:
-        return full
-    candidates = [full * ratio for ratio in _CLIPPING]
+    if bits > 4:
+        return stored_scale(full)
+    candidates = [stored_scale(full * ratio) for ratio in _CLIPPING]
     errors = torch.stack([_squared_error(columns, s, bits) for s in candidates])
     best = torch.stack(candidates).gather(0, errors.argmin(0, keepdim=True))[0]
     return torch.where(zero, 1.0, best)
 
 
+def stored_scale(scale: Tensor) -> Tensor:
+    """The smallest number of bfloat16 that is not below a positive scale: like it, float32."""
+    near = scale.to(torch.bfloat16)
+    above = torch.nextafter(near, torch.full_like(near, torch.inf))
+    return torch.where(near.float() < scale, above, near).float()
+
+
 def round_columns(columns: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Codes of one weight matrix (in, out) on given scales (out,): (in, out) int8."""
+    """Codes of one weight matrix (in, out) on given scales (out,): (in, out) int8 or int16."""
     qmax = QMAX[bits]
-    return torch.clamp(torch.round(columns / scale), -qmax, qmax).to(torch.int8)
+    return torch.clamp(torch.round(columns / scale), -qmax, qmax).to(CODES[bits])
 
 
 def _squared_error(columns: Tensor, scale: Tensor, bits: int) -> Tensor:

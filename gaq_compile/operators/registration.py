@@ -100,7 +100,7 @@ def decode_weight(
     ``steps`` are those of the layer's input where the codes hold them (``weights.with_steps``).
     """
     s = linear_spec(spec)
-    return weights.dequantize_weight(_plain(codes, bits, s), scale, s, steps)
+    return weights.dequantize_weight(_plain(codes, bits, s), scale.float(), s, steps)
 
 
 def _plain(codes: Tensor, bits: int, spec: LinearSpec) -> Tensor:
@@ -109,7 +109,7 @@ def _plain(codes: Tensor, bits: int, spec: LinearSpec) -> Tensor:
 
 @decode_weight.register_fake
 def _(codes, scale, steps, bits, spec, label):  # type: ignore[no-untyped-def]
-    return scale.new_empty(linear_spec(spec).weight_numel)
+    return scale.new_empty(linear_spec(spec).weight_numel, dtype=torch.float32)
 
 
 @_custom("int_irreps_linear")
@@ -133,7 +133,7 @@ def int_irreps_linear(
     reference computes in float; kernels compute the same products in integers.
     """
     s = linear_spec(spec)
-    plain = _plain(codes, bits, s)
+    plain, weight_scale = _plain(codes, bits, s), weight_scale.float()
     if scheme == "g16":
         return ref.gradient_linear(x, plain, weight_scale, x_scale, spec)
     held = x_scale

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..config import QuantConfig, activation_scheme
 from ..errors import StructureError
-from ..ir.layout import channels, lmax, simplified
+from ..ir.layout import lmax, simplified
 from ..ir.specs import linear_spec
 from ..ir.tags import irreps_of
 from ..numerics.observers import ObserverState, make_observer
@@ -29,7 +29,6 @@ class Site:
         irreps: its irreps, simplified.
         scheme: how.
         label: the layer (or, for gathered features, the source) that overrides name.
-        one_hot: whether the tensor is one-hot; then a step of 1 is exact and nothing is observed.
     """
 
     source: Node
@@ -37,14 +36,13 @@ class Site:
     irreps: str
     scheme: str
     label: str
-    one_hot: bool = False
 
 
 def quantization_sites(graph_module: GraphModule, config: QuantConfig) -> list[Site]:
     """Every activation that ``config`` quantizes, in graph order.
 
     These are the inputs of irreps-linears, and equivariant features that are gathered from atoms
-    to edges.
+    to edges. One-hot inputs (species) are integers already and not among them.
     """
     return [*_linear_inputs(graph_module, config), *_gathered_features(graph_module, config)]
 
@@ -54,9 +52,9 @@ def _linear_inputs(graph_module: GraphModule, config: QuantConfig) -> list[Site]
     for node in calls(graph_module, gaq.irreps_linear.default):
         label = str(node.args[-1])
         scheme = config.for_layer(label).activation
-        if scheme is not None:
+        if scheme is not None and not is_one_hot(node.args[0]):
             irreps = simplified(linear_spec(str(node.args[3])).irreps_in)
-            found.append(Site(node.args[0], (node,), irreps, scheme, label, _is_one_hot(node.args[0])))
+            found.append(Site(node.args[0], (node,), irreps, scheme, label))
     return found
 
 
@@ -98,17 +96,15 @@ def calibrate(
     """
     sites = quantization_sites(graph_module, config)
     observer = make_observer(config.observer, config.headroom)
-    fixed = {site.label: torch.ones(channels(site.irreps)) for site in sites if site.one_hot}
-    watched = [site for site in sites if not site.one_hot]
-    states = {site.label: observer.start(config.granularity) for site in watched}
-    if not watched:
-        return fixed
+    states = {site.label: observer.start(config.granularity) for site in sites}
+    if not sites:
+        return {}
     with Progress(disable=not progress, transient=True) as bar, torch.no_grad():
         task = bar.add_task("calibrating", total=len(batches))
         for batch in batches:
-            _Watcher(graph_module, watched, states).run(*batch)
+            _Watcher(graph_module, sites, states).run(*batch)
             bar.advance(task)
-    return fixed | {label: state.scale() for label, state in states.items()}
+    return {label: state.scale() for label, state in states.items()}
 
 
 class _Watcher(Interpreter):
@@ -136,7 +132,8 @@ class _Watcher(Interpreter):
         return value
 
 
-def _is_one_hot(node: object) -> bool:
+def is_one_hot(node: object) -> bool:
+    """Whether a node's value is a one-hot encoding: zeros and ones that select rows of weights."""
     while is_call(node, aten._to_copy.default, aten.view.default):
         node = node.args[0]  # type: ignore[union-attr]
     return is_call(node, aten.one_hot.default)

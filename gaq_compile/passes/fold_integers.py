@@ -23,6 +23,8 @@ from torch.fx import GraphModule
 from ..config import activation_scheme
 from .graph_tools import calls, copied, finished, gaq, is_call
 
+NARROW = (4, 8)  # bits of weights that 16-bit integers can be multiplied with in 32
+
 
 def fold_integers(graph_module: GraphModule) -> GraphModule:
     """Fold every irreps-linear with integer weights; see the module's text."""
@@ -36,7 +38,7 @@ def fold_integers(graph_module: GraphModule) -> GraphModule:
         scheme = "f32"
         if is_call(x, gaq.mddq.default) and not transpose:
             x, steps, _, scheme, _ = x.args  # type: ignore[union-attr]
-        elif transpose and label in rounded:
+        elif transpose and label in rounded and bits in NARROW:
             scheme = "g16"
         arguments = (x, steps, codes, scale, bias, spec, scheme, bits, transpose, label)
         with gm.graph.inserting_before(node):

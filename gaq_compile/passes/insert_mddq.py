@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch.fx import GraphModule, Node
 
 from ..config import QuantConfig, activation_scheme
@@ -62,7 +63,8 @@ def insert_mddq(
 def _store_weight(gm: GraphModule, node: Node, weight: RoundedWeight) -> None:
     spec, label, bits = str(node.args[3]), str(node.args[-1]), weight.bits
     stored = pack_int4(weight.codes) if bits == 4 else weight.codes
-    names = [add_buffer(gm, f"{label}_codes", stored), add_buffer(gm, f"{label}_scale", weight.scale)]
+    scale = weight.scale.to(torch.bfloat16)
+    names = [add_buffer(gm, f"{label}_codes", stored), add_buffer(gm, f"{label}_scale", scale)]
     steps = node.args[0].args[1] if weight.holds_steps else None  # type: ignore[union-attr]
     with gm.graph.inserting_before(node):
         parts = [gm.graph.get_attr(name) for name in names]

@@ -18,11 +18,13 @@ from ..numerics.second_order import (
     without_mean,
 )
 from ..numerics.weights import dequantize_weight, quantize_weight, weight_bytes, with_steps
+from .calibrate import is_one_hot
 from .graph_tools import attribute, calls, gaq
 from .weigh_channels import ChannelCosts
 from .widen_activations import RoundedSite
 
 WIDER = 8  # bits of a layer that suffers most from fewer
+TABLE = 16  # bits of species embeddings: rows are looked up, not summed, so nothing makes up for rounding
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class RoundedWeight:
     """One layer's integers.
 
     Attributes:
-        codes: (weight_numel,) int8.
-        scale: (scale_numel,) float32.
-        bits: 8 or 4.
+        codes: (weight_numel,) int8, or int16 for 16 bits.
+        scale: (scale_numel,) float32, of values that bfloat16 holds.
+        bits: 16, 8 or 4.
         error: what the rounding costs, ``tr(E^T H E)``; 0 where no H is known.
         holds_steps: whether the integers stand for ``steps[u] W[u, w]``, with the steps of the
             layer's input, whose integers then meet them in plain sums.
@@ -65,18 +67,59 @@ def round_weights(
             Weights of 8 bits hold their steps; in 15 levels, rows that steps make unequal would not fit.
     """
     steps = {label: site.steps for label, site in (activations or {}).items()}
-    found: dict[str, RoundedWeight] = {}
-    layers: dict[str, tuple[Tensor, LinearSpec]] = {}
+    layers = _layers(graph_module, config)
+    found = {
+        k: _rounded(k, layer.weight, layer.spec, costs, steps.get(k), layer.bits[0])
+        for k, layer in layers.items()
+    }
+    if config.max_weight_share is not None:
+        left = config.max_weight_share * sum(weight_bytes(layer.spec, None) for layer in layers.values())
+        left -= sum(weight_bytes(layer.spec, layer.bits[0]) for layer in layers.values())
+        while (label := _dearest(found, layers, left)) is not None:
+            spec, bits = layers[label].spec, _wider(found[label], layers[label])
+            left -= weight_bytes(spec, bits) - weight_bytes(spec, found[label].bits)
+            found[label] = _rounded(label, layers[label].weight, spec, costs, steps.get(label), bits)
+    return found
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer to be rounded, and the bits that its weights may have: the first, or wider ones."""
+
+    weight: Tensor
+    spec: LinearSpec
+    bits: tuple[int, ...]
+
+
+def _layers(graph_module: GraphModule, config: QuantConfig) -> dict[str, _Layer]:
+    found = {}
     for node in calls(graph_module, gaq.irreps_linear.default):
         label, source = str(node.args[-1]), node.args[1]
         bits = config.for_layer(label).weight_bits
         if bits is None or not isinstance(source, Node) or source.op != "get_attr":
             continue  # weights computed at run time stay as they are
-        layers[label] = attribute(graph_module, source).detach(), linear_spec(str(node.args[3]))
-        found[label] = _rounded(label, *layers[label], costs, steps.get(label), bits)
-    for label in _promoted(found, layers, config.max_weight_share):
-        found[label] = _rounded(label, *layers[label], costs, steps.get(label), WIDER)
+        table = config.rounding == "second-order" and is_one_hot(node.args[0])
+        choice = tuple(b for b in (4, 8, 16) if bits <= b <= max(bits, TABLE if table else WIDER))
+        if config.max_weight_share is None:
+            choice = choice[-1:] if table else choice[:1]
+        weight = attribute(graph_module, source).detach()
+        found[label] = _Layer(weight, linear_spec(str(node.args[3])), choice)
     return found
+
+
+def _dearest(found: Mapping[str, RoundedWeight], layers: Mapping[str, _Layer], left: float) -> str | None:
+    """The layer that costs most per byte that more bits would take, of those that fit."""
+    best, worth = None, 0.0
+    for label, rounded in found.items():
+        spec, bits = layers[label].spec, _wider(rounded, layers[label])
+        growth = weight_bytes(spec, bits) - weight_bytes(spec, rounded.bits)
+        if 0 < growth <= left and rounded.error / growth > worth:
+            best, worth = label, rounded.error / growth
+    return best
+
+
+def _wider(rounded: RoundedWeight, layer: _Layer) -> int:
+    return next((bits for bits in layer.bits if bits > rounded.bits), rounded.bits)
 
 
 def _rounded(
@@ -85,7 +128,7 @@ def _rounded(
     hessians, mean = costs.hessians.get(label), costs.means.get(label)
     held = steps if bits == WIDER else None
     meant = weight if held is None else with_steps(weight, spec, held)
-    if hessians is None:
+    if hessians is None or bits == TABLE:
         return RoundedWeight(*quantize_weight(meant, spec, bits), bits, 0.0, held is not None)
     if mean is not None:
         hessians = without_mean(hessians, mean)
@@ -97,23 +140,3 @@ def _rounded(
     if mean is not None:
         bias = bias_correction(dequantize_weight(codes, scale, spec, held) - weight, spec, mean).float()
     return RoundedWeight(codes, scale, bits, error, held is not None, bias)
-
-
-def _promoted(
-    found: Mapping[str, RoundedWeight],
-    layers: Mapping[str, tuple[Tensor, LinearSpec]],
-    max_share: float | None,
-) -> list[str]:
-    """The layers to widen: those that cost most per byte gained, as far as the bytes allow."""
-    if max_share is None:
-        return []
-    specs = {label: spec for label, (_, spec) in layers.items()}
-    left = max_share * sum(weight_bytes(spec, None) for spec in specs.values())
-    left -= sum(weight_bytes(specs[label], rounded.bits) for label, rounded in found.items())
-    growth = {k: weight_bytes(specs[k], WIDER) - weight_bytes(specs[k], r.bits) for k, r in found.items()}
-    chosen = []
-    for label in sorted(found, key=lambda k: -found[k].error / max(1, growth[k])):
-        if 0 < growth[label] <= left and found[label].error > 0:
-            chosen.append(label)
-            left -= growth[label]
-    return chosen

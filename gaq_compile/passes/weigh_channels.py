@@ -88,7 +88,6 @@ def weigh_channels(
         StructureError: if calibration meets NaN or infinite activations or gradients.
     """
     found = ChannelCosts()
-    sites = [site for site in sites if not site.one_hot]
     random = torch.Generator().manual_seed(0)
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("weighing channels", total=len(batches) * (1 + 2 * DRAWS))

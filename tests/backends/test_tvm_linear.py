@@ -22,15 +22,17 @@ from gaq_compile.backends.tvm.linear import (
     lower_linear,
 )
 from gaq_compile.errors import ConfigError, LoweringError
-from gaq_compile.ir.layout import blocks, dim, simplified
+from gaq_compile.ir.layout import Block, blocks, channels, dim, simplified, view
 from gaq_compile.numerics.activations import fake_quantize, quantize_block
 from gaq_compile.numerics.gradients import fake_quantize_gradient, quantize_gradient
-from gaq_compile.numerics.weights import dequantize_weight
+from gaq_compile.numerics.weights import dequantize_weight, quantize_weight, with_steps
 
 SCHEMES = ("f32", "s8 m8d8", "s8 c8", "s16 m16d16", "s8 m8exact")
+COMMON = ("s8 m8d8 common", "s8 c8 common", "s16 m16d16 common", "s8 m8exact common")
 MIXED = "9x0e+5x1e -> 6x0e+18x1e"
 PATHS = "5x0e+7x1e+3x0e+9x1e -> 17x0e+3x1e+4x1e+2x2e+2x0o"
 BLOCKS = "32x0e+32x0e -> 32x0e+32x0e | 0:0 1:1"
+NEIGHBOURS = "5x0e+11x0e+7x1e+9x1e+2x1e -> 17x0e+3x1e+4x1e"
 
 
 def llvm(cpu: str, **more: str) -> str:
@@ -45,8 +47,13 @@ def runs_here(cpu: str) -> bool:
     return cpu == "core2" or (info.exists() and " avx2 " in info.read_text() and " fma " in info.read_text())
 
 
-def tensors(problem: LinearProblem, rows: int, seed: int = 0) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """A random input and the constants of a problem."""
+def tensors(
+    problem: LinearProblem, rows: int, seed: int = 0, held: bool | None = None
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """A random input and the constants of a problem, with steps that differ from channel to channel.
+
+    ``held``: whether the codes of a transposed linear hold steps; by default those of 8 bits do.
+    """
     g, spec = torch.Generator().manual_seed(seed), problem.linear
     x = torch.randn(rows, dim(problem.irreps_in), generator=g)
     made: dict[str, Tensor | None] = {"weight_scale": None, "x_scale": None, "bias": None}
@@ -57,8 +64,10 @@ def tensors(problem: LinearProblem, rows: int, seed: int = 0) -> tuple[Tensor, d
         made["weight"] = torch.randint(-top, top + 1, (spec.weight_numel,), generator=g).to(torch.int8)
         made["weight_scale"] = torch.rand(spec.scale_numel, generator=g) * 0.01 + 0.001
     if problem.scheme is not None:
-        tops = [problem.scheme.qmax(b.l) for b in blocks(simplified(spec.irreps_in))]
-        made["x_scale"] = torch.tensor([2.5 / top for top in tops])
+        tops = torch.tensor([problem.scheme.qmax(b.l) for b in blocks(spec.irreps_in) for _ in range(b.mul)])
+        made["x_scale"] = (0.4 + 2.6 * torch.rand(len(tops), generator=g)) / tops
+    elif problem.transpose and (problem.weight == "s8" if held is None else held):
+        made["x_scale"] = 0.004 + 0.026 * torch.rand(channels(spec.irreps_in), generator=g)
     if problem.bias:
         made["bias"] = torch.randn(sum(b.mul for b in spec.bias_blocks), generator=g)
     return x, made
@@ -70,7 +79,9 @@ def expected(problem: LinearProblem, x: Tensor, made: dict[str, Tensor | None]) 
     if problem.scheme is not None:
         x = fake_quantize(x, made["x_scale"], simplified(spec.irreps_in), problem.scheme)
     if made["weight_scale"] is not None:
-        weight = dequantize_weight(weight, made["weight_scale"].double(), spec)
+        held = None if problem.scheme is not None and problem.scheme.common else made["x_scale"]
+        held = None if held is None else held.double()
+        weight = dequantize_weight(weight, made["weight_scale"].double(), spec, held)
     y = torch.zeros(x.shape[0], dim(problem.irreps_out), dtype=torch.float64)
     for path in spec.paths:
         matrix = weight[path.offset : path.offset + path.numel].double()
@@ -111,8 +122,12 @@ def assert_close(y: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
     assert float((y - want).abs().max()) <= tolerance * float(want.abs().max())
 
 
-@pytest.mark.parametrize("weight", ["f32", "s8", "s4"])
-@pytest.mark.parametrize("activation", SCHEMES)
+KINDS = [(a, w) for a in SCHEMES for w in ("f32", "s8", "s4")] + [
+    (a, w) for a in COMMON for w in ("s8", "s4")
+]
+
+
+@pytest.mark.parametrize(("activation", "weight"), KINDS)
 def test_every_scheme_and_weight(activation: str, weight: str) -> None:
     problem = LinearProblem(MIXED, activation, weight, bias=True)
     for rows in (1, 7, 30):
@@ -130,6 +145,40 @@ def test_paths_blocks_and_transposes(spec: str, weight: str) -> None:
         assert_close(run(lower(problem, made), x), expected(problem, x, made))
 
 
+@pytest.mark.parametrize("weight", ["s8", "s4"])
+@pytest.mark.parametrize("spec", [PATHS, BLOCKS, NEIGHBOURS])
+def test_float_gradients_are_divided_by_the_steps_that_codes_hold(spec: str, weight: str) -> None:
+    problem = LinearProblem(spec, "f32", weight, transpose=True)
+    for held in (True, False):
+        x, made = tensors(problem, 7, held=held)
+        assert (made["x_scale"] is not None) == held
+        assert_close(run(lower(problem, made), x), expected(problem, x, made), 1e-6)
+
+
+@pytest.mark.parametrize("weight", ["s8", "s4"])
+def test_float_gradients_of_whole_numbers_are_exact(weight: str) -> None:
+    """Sums that float32 holds exactly, scales and steps that are powers of two: no other rounding."""
+    problem = LinearProblem(NEIGHBOURS, "f32", weight, transpose=True)
+    spec, (x, made) = problem.linear, tensors(problem, 9, held=True)
+    x = (8 * x).round()
+    made["weight_scale"] = 2.0 ** -(torch.arange(spec.scale_numel) % 4).float()
+    made["x_scale"] = 2.0 ** -(torch.arange(channels(spec.irreps_in)) * 5 % 8).float()
+    want = expected(problem, x, made)
+    assert float(want.abs().max()) < 2**24
+    assert torch.equal(run(lower(problem, made), x).double(), want)
+
+
+@pytest.mark.parametrize("activation", [*SCHEMES[1:], *COMMON])
+def test_blocks_that_merge_share_a_grid_but_no_steps(activation: str) -> None:
+    """Unsimplified irreps: of a common grid the largest step of all neighbours is the unit."""
+    problem = LinearProblem(NEIGHBOURS, activation, "s4")
+    for largest in (0, 15, 16, 32):  # where the largest step stands: first and last of either block
+        x, made = tensors(problem, 7, seed=largest)
+        made["x_scale"][largest] *= 12.0
+        tolerance = 1e-5 if "d" not in activation else 2e-3
+        assert_close(run(lower(problem, made), x), expected(problem, x, made), tolerance)
+
+
 def test_unreached_outputs_are_zero_or_bias() -> None:
     problem = LinearProblem("4x0e+4x1e -> 3x0e+5x0e+2x1e+2x2o | 0:1 1:2", "s8 c8", "s8", bias=True)
     x, made = tensors(problem, 5)
@@ -138,28 +187,74 @@ def test_unreached_outputs_are_zero_or_bias() -> None:
     assert torch.equal(y[:, -10:], torch.zeros(5, 10))
 
 
-@pytest.mark.parametrize("activation", ["s8 m8d8", "s8 c8", "s16 m16d16"])
-def test_integer_products_are_exact(activation: str) -> None:
+SQUARE = (  # block by block onto itself, so that identity weights show the operands
+    "21x0e+19x1e+18x2e -> 21x0e+19x1e+18x2e",
+    "13x0e+8x0e+10x1e+5x1e+6x1e+3x0e -> 13x0e+8x0e+10x1e+5x1e+6x1e+3x0e | 0:0 1:1 2:2 3:3 4:4 5:5",
+)
+INTEGERS = ("s8 m8d8", "s8 c8", "s16 m16d16", "s8 m8d8 common", "s8 c8 common", "s12 m12d10 common")
+
+
+@pytest.mark.parametrize("weight", ["s8", "s4"])
+@pytest.mark.parametrize("activation", INTEGERS)
+@pytest.mark.parametrize("spec", SQUARE)
+def test_integer_products_are_exact(spec: str, activation: str, weight: str) -> None:
     """With identity weights a kernel shows its operands; the product of these must be exact."""
-    spec = "21x0e+19x1e+18x2e -> 21x0e+19x1e+18x2e"
-    problem = LinearProblem(spec, activation, "s8")
+    problem = LinearProblem(spec, activation, weight)
     x, made = tensors(problem, 29)
-    scheme, found = problem.scheme, blocks(problem.irreps_in)
-    unit = [2.0**-scheme.fraction_bits if b.l else 1.0 for b in found]
-    eye = torch.cat([torch.eye(b.mul, dtype=torch.int8).flatten() for b in found])
-    ones = made | {"weight": eye, "weight_scale": _spread(found, 1 / (made["x_scale"] * torch.tensor(unit)))}
-    operands = run(lower(problem, ones), x).round().long()
+    scheme, paths = problem.scheme, problem.linear.paths
+    units = [_unit(problem, made["x_scale"], path.block_in) for path in paths]
+    ones = made | {
+        "weight": torch.cat([torch.eye(p.block_in.mul, dtype=torch.int8).flatten() for p in paths]),
+        "weight_scale": torch.cat(
+            [(1 / u).expand(p.block_in.mul) for p, u in zip(paths, units, strict=True)]
+        ),
+    }
+    shown = run(lower(problem, ones), x)
+    operands = shown.round().long()
+    assert float((shown - operands).abs().max()) < 0.01
     y = run(lower(problem, made), x)
-    for path, step, u in zip(problem.linear.paths, made["x_scale"], unit, strict=True):
-        b, n = path.block_in, path.block_in.mul
-        span = slice(b.base, b.base + b.components * n)
+    for path, unit in zip(paths, units, strict=True):
+        n = path.block_in.mul
         codes = made["weight"][path.offset : path.offset + n * n].view(n, n).long()
-        total = operands[:, span].view(-1, b.components, n) @ codes
-        scale = made["weight_scale"][path.scale_offset : path.scale_offset + n] * (step * u)
-        assert torch.equal(y[:, span].view(-1, b.components, n), total.float() * scale)
-        want = quantize_block(x[:, span].view(-1, b.components, n), b.l, step, scheme)[0].long()
-        differs = operands[:, span].view_as(want) != want
+        total = view(operands, path.block_in) @ codes
+        scale = made["weight_scale"][path.scale_offset : path.scale_offset + n] * unit
+        assert torch.equal(view(y, path.block_out), total.float() * scale)
+    for b in blocks(simplified(problem.irreps_in)):
+        own = made["x_scale"][b.channel : b.channel + b.mul]
+        want = quantize_block(view(x, b), b.l, own, scheme)[0].long()
+        differs = view(operands, b) != want
         assert float(differs.float().mean()) < (2e-2 if "d" in activation and b.l else 1e-9)
+        assert int((view(operands, b) - want).abs().max()) <= 2**15 * 2.0 ** (2 - scheme.vector_bits)
+    assert_close(y, expected(problem, x, made), 2e-3 if "d" in activation else 1e-5)
+
+
+def _unit(problem: LinearProblem, steps: Tensor, block: Block) -> Tensor:
+    """What an integer of a block stands for, beside weights that hold the steps if they do."""
+    scheme = problem.scheme
+    (owner,) = (
+        b for b in blocks(simplified(problem.irreps_in)) if b.channel <= block.channel < b.channel + b.mul
+    )
+    largest = steps[owner.channel : owner.channel + owner.mul].max() if scheme.common else torch.tensor(1.0)
+    return largest * 2.0 ** -scheme.fraction_bits(block.l)
+
+
+@pytest.mark.parametrize("activation", ["s8 m8d8", "s8 c8", "s8 m8exact"])
+def test_weights_that_hold_steps_give_the_float_layer_s_values(activation: str) -> None:
+    """From float weights to a kernel and back: steps of channels that differ by 20 times cancel."""
+    problem = LinearProblem(NEIGHBOURS, activation, "s8")
+    spec, (x, made) = problem.linear, tensors(problem, 50)
+    top = max(float(x.abs().max()), 4.0)
+    tops = torch.tensor([problem.scheme.qmax(b.l) for b in blocks(spec.irreps_in) for _ in range(b.mul)])
+    spread = 10.0 ** torch.linspace(-1.3, 0.0, len(tops))[torch.randperm(len(tops))]
+    made["x_scale"] = 2 * top * spread / tops
+    for b in blocks(spec.irreps_in):  # inputs as large as their channels' ranges
+        view(x, b).mul_(spread[b.channel : b.channel + b.mul])
+    weight = torch.randn(spec.weight_numel, generator=torch.Generator().manual_seed(1))
+    held = with_steps(weight, spec, made["x_scale"])
+    made["weight"], made["weight_scale"] = quantize_weight(held, spec, 8)
+    plain = LinearProblem(NEIGHBOURS)
+    want = expected(plain, x, {"weight": weight, "weight_scale": None, "x_scale": None, "bias": None})
+    assert_close(run(lower(problem, made), x), want, 0.03)
 
 
 GRADIENTS = (  # the transposed radial layer, odd K, a K of one, several paths to and from a block, l up to 2
@@ -167,6 +262,7 @@ GRADIENTS = (  # the transposed radial layer, odd K, a K of one, several paths t
     "21x0e -> 511x0e",
     "18x0e+5x1e+7x2e -> 33x0e+17x1e+1x2e",
     "5x0e+7x1e+3x0e+9x1e -> 17x0e+3x1e+4x1e+2x2e+2x0o",
+    NEIGHBOURS,
 )
 
 
@@ -192,20 +288,26 @@ def gradient_operand(t: Tensor, target: str) -> Tensor:
 
 
 def gradient_sums(problem: LinearProblem, x: Tensor, made: dict, target: str) -> list[Tensor]:
-    """The outputs that int64 sums allow: each cut's addition to y rounds once (fused) or twice."""
+    """The outputs that int64 sums allow: each cut's addition to y rounds once (fused) or twice.
+
+    A sum is multiplied by one over the step that its channel's codes hold, then by the row's step.
+    """
     allowed: dict = {}
     for path in problem.linear.paths:
         block, out = path.block_out, path.block_in
         codes = made["weight"][path.offset : path.offset + path.numel].view(out.mul, block.mul).T.long()
         scale = made["weight_scale"][path.scale_offset : path.scale_offset + block.mul]
+        steps = made["x_scale"]
+        inverse = 1.0 if steps is None else 1.0 / steps[out.channel : out.channel + out.mul]
         for c in range(block.components):
             t = x[:, block.base + c * block.stride :][:, : block.mul] * scale
             operand, step = gradient_operand(t, target), quantize_gradient(t)[1]
             for cut in range(0, block.mul, 512):
                 total = operand[:, cut : cut + 512] @ codes[cut : cut + 512]
                 assert int(total.abs().max()) < 2**31
-                product = total.float() * step
-                exact = total.float().double() * step.double()
+                freed = total.float() * inverse
+                product = freed * step
+                exact = freed.double() * step.double()
                 before = allowed.get((out, c))
                 sums = [y for b in before or () for y in (b + product, (b + exact).float())]
                 allowed[out, c] = sums if before else [product]
@@ -216,9 +318,11 @@ def gradient_sums(problem: LinearProblem, x: Tensor, made: dict, target: str) ->
     return results
 
 
-def assert_gradient_exact(problem: LinearProblem, rows: int, target: str = "") -> None:
+def assert_gradient_exact(
+    problem: LinearProblem, rows: int, target: str = "", held: bool | None = None
+) -> None:
     target = target or host_target()
-    x, made = tensors(problem, rows, seed=rows)
+    x, made = tensors(problem, rows, seed=rows, held=held)
     y = run(lower(problem, made, target), x)
     assert bool(torch.stack([y == r for r in gradient_sums(problem, x, made, target)]).any(0).all())
     assert_close(y, expected(problem, x, made), 1e-4)
@@ -228,8 +332,8 @@ def assert_gradient_exact(problem: LinearProblem, rows: int, target: str = "") -
 @pytest.mark.parametrize("spec", GRADIENTS)
 def test_integer_gradients_are_exact(spec: str, weight: str) -> None:
     problem = LinearProblem(spec, "g16", weight, transpose=True)
-    for rows in (1, 7, 50):
-        assert_gradient_exact(problem, rows)
+    for rows, held in ((1, True), (7, True), (7, False), (50, True)):
+        assert_gradient_exact(problem, rows, held=held)
     assert run(lower(problem, tensors(problem, 0)[1]), tensors(problem, 0)[0]).shape[0] == 0
 
 
@@ -248,7 +352,7 @@ def test_integer_gradients_follow_their_definition() -> None:
     problem = LinearProblem("64x0e -> 960x0e", "g16", "s8", transpose=True)
     x, made = tensors(problem, 30)
     codes = made["weight"].view(64, 960).T.double()
-    want = fake_quantize_gradient(x * made["weight_scale"]).double() @ codes
+    want = fake_quantize_gradient(x * made["weight_scale"]).double() @ codes / made["x_scale"].double()
     assert_close(run(lower(problem, made), x), want, 1e-5)
 
 
@@ -269,6 +373,8 @@ def test_gradient_rows_have_steps_of_their_own() -> None:
     x *= torch.tensor([1e30, 1e15, 1.0, 1e-10, 1e-20, 1e-28, 0.0, 1e-36, 1e-42])[:, None]
     x[2, 40:60] = 0.0  # one component of row 2
     y, want = run(lower(problem, made), x), expected(problem, x, made)
+    steps = torch.cat([made["x_scale"][:6], made["x_scale"][6:].repeat(3)])
+    y, want = y * steps, want * steps  # a channel's error is the row's, divided by the channel's step
     for row in range(6):
         assert_close(y[row, :6], want[row, :6], 1e-4)
         for c in range(3):
@@ -301,16 +407,13 @@ def test_gradients_that_are_not_finite_stay_visible(bad: float, cpu: str) -> Non
     assert torch.equal(run(kernel, x).nan_to_num(nan=1e9), want.nan_to_num(nan=1e9))
 
 
-def _spread(found: tuple, values: Tensor) -> Tensor:
-    return torch.cat([v.expand(b.mul) for b, v in zip(found, values, strict=True)])
-
-
-@pytest.mark.parametrize("activation", ["s8 c8", "s16 c16"])
+@pytest.mark.parametrize("activation", ["s8 c8", "s16 c16", "s8 c8 common", "s9 c9 common"])
 @pytest.mark.parametrize("weight", ["s8", "s4"])
 def test_long_sums_of_extreme_values_do_not_overflow(activation: str, weight: str) -> None:
     problem = LinearProblem("1031x0e -> 3x0e", activation, weight)
     x, made = tensors(problem, 2)
     x = torch.full_like(x, 1e6) * torch.tensor([[1.0], [-1.0]])
+    made["x_scale"] = torch.linspace(0.0199, 0.02, 1031)  # on a common grid, all as large as can be
     made["weight"] = torch.full_like(made["weight"], 127 if weight == "s8" else -7)
     assert_close(run(lower(problem, made), x), expected(problem, x, made), 1e-6)
 
@@ -323,7 +426,7 @@ def test_rows_in_every_position_of_a_task() -> None:
     for kernel in (lower(problem, made, schedule=schedule), lower(problem, made)):
         for rows in (0, 1, 2, 47, 48, 49, 97, 113):
             y = run(kernel, x[:rows])
-            assert rows == 0 or float((y - want[:rows]).abs().max()) < 1e-5
+            assert_close(y, want[:rows], 1e-6) if rows else None
         assert torch.equal(kernel(x[3:]), run(kernel, x)[3:])  # a view that starts anywhere
         assert torch.equal(kernel(x.T.contiguous().T), run(kernel, x))
 
@@ -336,7 +439,7 @@ def test_neighbouring_rows_and_memory_stay_untouched() -> None:
     assert bool((room[:2] == -7).all()) and bool((room[8:] == -7).all())
 
 
-@pytest.mark.parametrize("activation", ["s8 m8d8", "s8 c8", "s8 m8exact"])
+@pytest.mark.parametrize("activation", ["s8 m8d8", "s8 c8", "s8 m8exact", *COMMON])
 def test_nan_stays_visible(activation: str) -> None:
     problem = LinearProblem(MIXED, activation, "s8")
     x, made = tensors(problem, 4)
@@ -347,8 +450,9 @@ def test_nan_stays_visible(activation: str) -> None:
     assert torch.equal(y[[0, 3]], clean[[0, 3]])
 
 
-def test_zero_vectors_quantize_to_zero() -> None:
-    problem = LinearProblem("4x1e -> 4x1e", "s8 m8d8", "s8")
+@pytest.mark.parametrize("activation", ["s8 m8d8", *COMMON])
+def test_zero_vectors_quantize_to_zero(activation: str) -> None:
+    problem = LinearProblem("4x1e -> 4x1e", activation, "s8")
     x, made = tensors(problem, 3)
     assert torch.equal(run(lower(problem, made), torch.zeros_like(x)), torch.zeros(3, 12))
     tiny = run(lower(problem, made), torch.full_like(x, 1e-30))
@@ -356,7 +460,10 @@ def test_zero_vectors_quantize_to_zero() -> None:
 
 
 @pytest.mark.parametrize("cpu", ["core2", "haswell"])
-@pytest.mark.parametrize("activation,weight", [("f32", "f32"), ("s8 m8d8", "s8"), ("s16 c16", "s4")])
+@pytest.mark.parametrize(
+    "activation,weight",
+    [("f32", "f32"), ("s8 m8d8", "s8"), ("s16 c16", "s4"), ("s8 m8d8 common", "s4"), ("s8 c8 common", "s8")],
+)
 def test_kernels_without_vnni(cpu: str, activation: str, weight: str) -> None:
     """The same bits as with VNNI, run here where this processor can."""
     problem = LinearProblem("9x0e+5x1e -> 6x0e+18x1e", activation, weight)
@@ -383,7 +490,8 @@ def test_kernels_without_vnni(cpu: str, activation: str, weight: str) -> None:
 def test_other_processors_compile(target: str) -> None:
     spec = "9x0e+5x1e -> 18x0e+3x1e"
     gradients = [LinearProblem(spec, "g16", weight, transpose=True) for weight in ("s8", "s4")]
-    for problem in (LinearProblem(spec, "s8 m8d8", "s8"), *gradients):
+    common = LinearProblem(spec, "s8 m8d8 common", "s4")
+    for problem in (LinearProblem(spec, "s8 m8d8", "s8"), common, *gradients):
         build_executable(dense_text(make_plan(problem, target), parallel=True), target)
 
 
@@ -399,6 +507,9 @@ def test_arithmetic_and_vnni() -> None:
     assert names("s8 m8d8", "s8") == "s8·s8→s32 + s16·s8→s32"
     assert names("s8 m8exact", "s4") == "s8·s4→s32 + f32·s4→f32"
     assert names("f32", "s8") == "f32·s8→f32"
+    assert names("s8 c8 common", "s8") == "s16·s8→s32"
+    assert names("s8 m8d8 common", "s4") == "s16·s4→s32"
+    assert names("s8 m8exact common", "s4") == "s16·s4→s32 + f32·s4→f32"
     for target in (vnni, llvm("haswell"), llvm("core2")):
         assert arithmetic(LinearProblem(MIXED, "g16", "s8", True), target) == "s16·s8→s32"
         assert arithmetic(LinearProblem(MIXED, "g16", "s4", True), target) == "s16·s4→s32"
@@ -431,6 +542,9 @@ def test_what_does_not_fit_is_refused() -> None:
             LinearProblem(MIXED, "g16", **arguments)
     with pytest.raises(LoweringError, match="no bias"):
         LinearProblem(MIXED, "g16", "s8", transpose=True, bias=True)
+    for scheme in COMMON:
+        with pytest.raises(LoweringError, match="common grid"):
+            LinearProblem(MIXED, scheme, "f32")
     with pytest.raises(LoweringError, match="weight type"):
         LinearProblem(MIXED, weight="s2")
     with pytest.raises(ConfigError):
@@ -440,6 +554,12 @@ def test_what_does_not_fit_is_refused() -> None:
     for name in ("weight", "weight_scale", "x_scale", "bias"):
         with pytest.raises(LoweringError, match=name):
             lower(problem, made | {name: torch.zeros(3)})
+    with pytest.raises(LoweringError, match="x_scale"):
+        lower(problem, made | {"x_scale": None})
+    for back in (LinearProblem(MIXED, activation, "s8", True) for activation in ("f32", "g16")):
+        for count in (2, 24, 24 + 6):  # a step per block, per output channel, per component
+            with pytest.raises(LoweringError, match=r"x_scale must be torch.float32 \(14,\)"):
+                lower(back, tensors(back, 3)[1] | {"x_scale": torch.ones(count)})
     with pytest.raises(LoweringError, match="exceeds 7"):
         lower(problem, made | {"weight": torch.full((16,), 8, dtype=torch.int8)})
     with pytest.raises(LoweringError, match="float32"):

@@ -192,7 +192,7 @@ def _away_from_ties(rows: int, irreps: str, scheme: str) -> torch.Tensor:
     return torch.cat(parts, 1).float()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", (*SCHEMES, "s8 m8d8 common", "s8 c8 common"))
 @pytest.mark.parametrize("irreps", IRREPS)
 def test_mddq_backward(irreps, scheme):
     scale = _scales(irreps, scheme)

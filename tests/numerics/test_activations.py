@@ -62,7 +62,9 @@ def by_definition(v: list[float], degree: int, s: float, top: float, scheme: Act
     unit = (top if scheme.common else s) * 2.0**-f
     if degree == 0 or scheme.vector == "component":
         codes = [max(-qmax, min(qmax, round(c / s))) for c in v]
-        return [unit * round(code * (s / unit)) for code in codes] if scheme.common else [s * c for c in codes]
+        return (
+            [unit * round(code * (s / unit)) for code in codes] if scheme.common else [s * c for c in codes]
+        )
     m = math.sqrt(sum(c * c for c in v))
     q = min(qmax, round(m / s))
     if q == 0:
@@ -234,7 +236,9 @@ def test_exact_directions_commute_with_rotation(
     assert torch.allclose(quantized(rotation @ x), rotation @ quantized(x), atol=1e-9)
 
 
-@pytest.mark.parametrize("text", ["s8 m8d8", "s8 m8exact", "s16 m16d16", "s8 m8d8 common", "s8 m8exact common"])
+@pytest.mark.parametrize(
+    "text", ["s8 m8d8", "s8 m8exact", "s16 m16d16", "s8 m8d8 common", "s8 m8exact common"]
+)
 def test_gradient_of_vectors_is_radial_and_tangential(text: str) -> None:
     scheme, x = activation_scheme(text), example(1) * 1.5
     g, scale = example(2), steps(scheme)

@@ -89,7 +89,8 @@ def test_features_are_what_the_scheme_rounds(text: str) -> None:
 @pytest.mark.parametrize("text", ["s8 m8d8", "s8 c8", "s8 m8exact"])
 def test_features_come_by_channel(text: str) -> None:
     x = uneven(7)
-    for values, expected in zip(features(x, IRREPS, activation_scheme(text)), seen_by_channel(x, text)):
+    found = features(x, IRREPS, activation_scheme(text))
+    for values, expected in zip(found, seen_by_channel(x, text), strict=True):
         for u, want in enumerate(expected):
             torch.testing.assert_close(values[:, u].double().sort().values, want.sort().values)
 

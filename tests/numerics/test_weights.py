@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaq_compile.errors import ConfigError, GaqError, IrrepsError
-from gaq_compile.ir.specs import LinearSpec, linear_spec
 from gaq_compile.ir.layout import blocks, channels
+from gaq_compile.ir.specs import LinearSpec, linear_spec
 from gaq_compile.numerics.weights import (
     QMAX,
     dequantize_weight,

@@ -357,11 +357,21 @@ INTEGERS = "3x0e+2x1o+4x1o+2x0e -> 4x1o+2x0e+1x1o"  # 11 channels, two blocks th
 STEPS = torch.tensor([0.02, 0.003, 0.011, 0.007, 0.03, 0.0041, 0.009, 0.013, 0.0029, 0.05, 0.0053])
 
 
+def _near(got, expected):
+    """Scales and decoded weights are float32."""
+    assert got.dtype == torch.float32 and got.shape == expected.shape
+    assert float((got - expected).abs().max()) <= 2e-6 * float(expected.abs().max())
+
+
 def _integers(bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes as they are stored, plain, and scales."""
     spec, top = linear_spec(INTEGERS), {8: 127, 4: 7}[bits]
     codes = torch.randint(-top, top + 1, (spec.weight_numel,)).to(torch.int8)
-    return pack_int4(codes) if bits == 4 else codes, codes, 0.001 + 0.01 * torch.rand(spec.scale_numel)
+    return (
+        pack_int4(codes) if bits == 4 else codes,
+        codes,
+        (0.001 + 0.01 * torch.rand(spec.scale_numel)).float(),
+    )
 
 
 def _meaning(codes: torch.Tensor, scale: torch.Tensor, steps: torch.Tensor | None) -> torch.Tensor:
@@ -383,7 +393,7 @@ def _meaning(codes: torch.Tensor, scale: torch.Tensor, steps: torch.Tensor | Non
 def test_decode_weight(bits, steps):
     stored, codes, scale = _integers(bits)
     got = ops.decode_weight(stored, scale, steps, bits, INTEGERS, "l")
-    _close([got], [_meaning(codes, scale, steps)])
+    _near(got, _meaning(codes, scale, steps))
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -395,15 +405,15 @@ def test_int_linear_is_the_float_linear_of_what_integers_stand_for(scheme, bits,
     stored, codes, scale = _integers(bits)
     common, spec = scheme.endswith("common"), linear_spec(INTEGERS)
     held = None if common else STEPS
-    weight, bias = _meaning(codes, scale, held), torch.randn(2)
-    x = torch.randn(6, dim(spec.irreps_out if transpose else spec.irreps_in))
+    weight, bias = _meaning(codes, scale, held), torch.randn(2).float()
+    x = torch.randn(6, dim(spec.irreps_out if transpose else spec.irreps_in)).float()
     if transpose:  # a gradient, float: the codes' steps are divided out
         got = ops.int_irreps_linear(x, held, stored, scale, None, INTEGERS, "f32", bits, True, "l")
-        _close([got], [reference.irreps_linear(x, weight, None, INTEGERS, True)])
+        _near(got, reference.irreps_linear(x.double(), weight, None, INTEGERS, True))
         return
     got = ops.int_irreps_linear(x, STEPS, stored, scale, bias, INTEGERS, scheme, bits, False, "l")
     rounded = fake_quantize(x, STEPS, spec.irreps_in, activation_scheme(scheme))
-    _close([got], [reference.irreps_linear(rounded, weight, bias, INTEGERS, False)])
+    _near(got, reference.irreps_linear(rounded.double(), weight, bias.double(), INTEGERS, False))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -411,19 +421,19 @@ def test_int_linear_is_the_float_linear_of_what_integers_stand_for(scheme, bits,
 def test_gradient_in_integers_is_divided_by_the_steps_that_codes_hold(bits, steps):
     stored, codes, scale = _integers(bits)
     spec = linear_spec(INTEGERS)
-    grad = torch.randn(6, dim(spec.irreps_out))
+    grad = torch.randn(6, dim(spec.irreps_out)).float()
     got = ops.int_irreps_linear(grad, steps, stored, scale, None, INTEGERS, "g16", bits, True, "l")
     expected = torch.zeros(6, dim(spec.irreps_in))
     for path in spec.paths:
         a, b = path.block_in, path.block_out
         rows = reference.view(grad, b) * scale[path.scale_offset : path.scale_offset + b.mul]
-        rows = fake_quantize_gradient(rows)
+        rows = fake_quantize_gradient(rows).double()
         matrix = codes[path.offset : path.offset + path.numel].view(a.mul, b.mul).double()
         held = torch.ones(a.mul) if steps is None else steps[a.channel : a.channel + a.mul]
         reference.view(expected, a).add_((rows @ matrix.T) / held)
-    _close([got], [expected])
-    exact = reference.irreps_linear(grad, _meaning(codes, scale, steps), None, INTEGERS, True)
-    assert torch.allclose(got, exact, rtol=0, atol=1e-3 * float(exact.abs().max()))
+    _near(got, expected)
+    exact = reference.irreps_linear(grad.double(), _meaning(codes, scale, steps), None, INTEGERS, True)
+    assert float((got - exact).abs().max()) <= 1e-3 * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])

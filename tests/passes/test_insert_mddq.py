@@ -103,7 +103,7 @@ def test_weights_that_hold_no_steps_meet_a_common_grid_whatever_their_bits(graph
     """As they are where they were rounded without any activations in mind."""
     config = preset(scheme)
     sites = widen_activations(quantization_sites(graph, config), STEPS, ChannelCosts(), None)
-    weights = round_weights(graph, config, {})
+    weights = round_weights(graph, config, ChannelCosts())
     after = insert_mddq(graph, config, sites, weights)
     assert sum(f"'{config.activation} common'" in line for line in listing(after)) == 2
     spec = linear_spec(SPEC)
@@ -136,9 +136,7 @@ def test_overrides(graph, listing):
 
 
 def test_missing_steps_are_not_guessed(graph):
-    some = widen_activations(
-        quantization_sites(graph, preset("w8a8"))[:1], STEPS, ChannelCosts(), None
-    )
+    some = widen_activations(quantization_sites(graph, preset("w8a8"))[:1], STEPS, ChannelCosts(), None)
     with pytest.raises(KeyError):
         insert_mddq(graph, preset("w8a8"), some)
 

@@ -9,8 +9,14 @@ import torch
 
 from gaq_compile.backends.base import Lowered, Refused
 from gaq_compile.backends.reference import ReferenceBackend
+from gaq_compile.config import preset
 from gaq_compile.errors import LoweringError
+from gaq_compile.passes.calibrate import quantization_sites
+from gaq_compile.passes.fold_integers import fold_integers
+from gaq_compile.passes.insert_mddq import insert_mddq
 from gaq_compile.passes.lower import KernelCall, lower
+from gaq_compile.passes.weigh_channels import ChannelCosts
+from gaq_compile.passes.widen_activations import widen_activations
 
 gaq, aten = torch.ops.gaq, torch.ops.aten
 
@@ -110,6 +116,50 @@ def test_integer_weights_are_reported(with_weights, x):
 
     _, (placement,) = lower(with_weights(function, c=codes, s=scale), [ReferenceBackend()])
     assert placement.integer_weights and "integers simulated" in placement.arithmetic
+
+
+SPEC = "9x0e+4x0e+5x1o -> 6x0e+7x1o"
+STEPS = torch.linspace(0.006, 0.03, 18)[torch.randperm(18, generator=torch.Generator().manual_seed(2))]
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "naive-w8a8", "exact-w8a8", "exact-w4a8", "w8a16"])
+def test_kernels_get_the_steps_of_channels(with_weights, scheme):
+    """Generated kernels give what the reference gives, for a layer and for its gradient."""
+    backend = pytest.importorskip("gaq_compile.backends.tvm.backend").TVMBackend()
+    forward = with_weights(
+        lambda self, x: gaq.irreps_linear.default(x, self.w, None, SPEC, False, "l"),
+        w=torch.randn(13 * 6 + 5 * 7, generator=torch.Generator().manual_seed(1)),
+    )
+    config = preset(scheme)
+    sites = widen_activations(quantization_sites(forward, config), {"l": STEPS}, ChannelCosts(), None)
+    quantized = insert_mddq(forward, config, sites)
+    node = next(n for n in quantized.graph.nodes if n.target is gaq.irreps_linear.default)
+    with quantized.graph.inserting_after(node):
+        back = quantized.graph.call_function(node.target, (node, *node.args[1:4], True, "l"))
+    quantized.graph.output_node().args = ((node, back),)
+    quantized.recompile()
+    folded = fold_integers(quantized)
+    lowered, placements = lower(folded, [backend], strict=True)
+    assert [p.op for p in placements] == ["gaq::int_irreps_linear"] * 2
+    steps = [n.args[1] for n in folded.graph.nodes if n.target is gaq.int_irreps_linear.default]
+    assert [s is not None for s in steps] == [True, config.weight_bits == 8]
+    x = torch.randn(20, 28, generator=torch.Generator().manual_seed(3))
+    for got, want in zip(lowered(x), folded(x), strict=True):
+        assert float((got - want).abs().max()) < 5e-3 * float(want.abs().max())  # a tie may round apart
+        assert float((got - want).abs().median()) < 1e-5 * float(want.abs().max())
+
+
+def test_a_common_grid_without_integer_weights_has_no_kernel(with_weights, x):
+    backend = pytest.importorskip("gaq_compile.backends.tvm.backend").TVMBackend()
+    steps = torch.tensor([0.02, 0.003, 0.011, 0.007])
+    for scheme, runs_on in (("s8 m8d8", "tvm"), ("s8 m8d8 common", "reference")):
+        graph = with_weights(
+            lambda self, x, scheme=scheme: gaq.mddq.default(x, self.s, "4x0e", scheme, "l"), s=steps
+        )
+        lowered, (placement,) = lower(graph, [backend, ReferenceBackend()])
+        assert placement.backend == runs_on
+        assert placement.reason is None or "common grid" in placement.reason
+        torch.testing.assert_close(lowered(x), graph(x))
 
 
 def test_ordering_of_edges_stays_with_torch():

@@ -10,16 +10,22 @@ import torch
 from gaq_compile.capture.graphs import GraphFormat
 from gaq_compile.config import preset
 from gaq_compile.errors import StructureError
+from gaq_compile.ir.layout import channels
 from gaq_compile.ir.specs import linear_spec
-from gaq_compile.numerics.weights import quantize_weight, weight_bytes
+from gaq_compile.numerics.second_order import output_error, over_steps, round_second_order
+from gaq_compile.numerics.weights import dequantize_weight, quantize_weight, weight_bytes, with_steps
 from gaq_compile.passes import weigh_channels as module
 from gaq_compile.passes.round_weights import round_weights
 from gaq_compile.passes.shift_energies import shift_energies
-from gaq_compile.passes.weigh_channels import weigh_channels
+from gaq_compile.passes.weigh_channels import ChannelCosts, weigh_channels
+from gaq_compile.passes.widen_activations import RoundedSite
 
 gaq = torch.ops.gaq
 FORM = GraphFormat(("numbers", "edge_vec", "receivers", "senders", "batch", "ptr"), 5.0)
 WIDTH = {"first": "3x0e -> 8x0e", "second": "8x0e -> 16x0e", "last": "16x0e -> 1x0e"}
+
+
+RANDOM = torch.Generator().manual_seed(5)
 
 
 class Potential(torch.nn.Module):
@@ -62,7 +68,7 @@ def graph():
 
 
 @pytest.fixture(scope="module")
-def hessians(graph):
+def costs(graph):
     return weigh_channels(graph, FORM, [_batch(0), _batch(1)])
 
 
@@ -82,7 +88,7 @@ def test_cost_predicts_what_an_error_does_to_the_energy(graph, monkeypatch, name
     edge = [torch.tensor([[0.9, -0.4, 0.3]]), torch.tensor([0]), torch.tensor([1])]
     batch = [torch.tensor([6, 8]), *edge, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 2])]
     spec, random, model = linear_spec(WIDTH[name]), torch.Generator().manual_seed(1), Potential()
-    (h,) = weigh_channels(graph, FORM, [batch])[name].values()
+    (h,) = weigh_channels(graph, FORM, [batch]).hessians[name].values()
     seen = said = 0.0
     for _ in range(400):
         error = 1e-3 * torch.randn(spec.weight_numel, generator=random)
@@ -93,7 +99,8 @@ def test_cost_predicts_what_an_error_does_to_the_energy(graph, monkeypatch, name
     assert seen == pytest.approx(said, rel=0.25)
 
 
-def test_displacements_leave_edges_alone(graph, hessians):
+def test_displacements_leave_edges_alone(graph, costs):
+    hessians = costs.hessians
     assert set(hessians) == set(WIDTH)
     for name, spec in WIDTH.items():
         ((irrep, h),) = hessians[name].items()
@@ -118,22 +125,70 @@ def test_a_model_of_its_own_tensors():
     graph = torch.fx.symbolic_trace(function)
     form = GraphFormat(("positions", "w"), 0.0, positions="positions")
     found = weigh_channels(graph, form, [[torch.randn(4, 3), torch.randn(2)]])
-    assert float(found["l"][0, 1].trace()) > 0
+    assert float(found.hessians["l"][0, 1].trace()) > 0
 
 
-def test_rounding_is_second_order_only_where_asked(graph, hessians):
-    near = round_weights(graph, replace(preset("w8"), rounding="nearest"), {})
+def test_rounding_is_second_order_only_where_asked(graph, costs):
+    near = round_weights(graph, replace(preset("w8"), rounding="nearest"), ChannelCosts())
     for name, spec in WIDTH.items():
         assert torch.equal(near[name].codes, quantize_weight(getattr(graph, name), linear_spec(spec), 8)[0])
-    together = round_weights(graph, preset("w8"), hessians)
+    together = round_weights(graph, preset("w8"), costs)
     assert any(not torch.equal(together[n].codes, near[n].codes) for n in WIDTH)
 
 
+STEPS = {
+    name: 0.003 + 0.03 * torch.rand(channels(linear_spec(spec).irreps_in), generator=RANDOM)
+    for name, spec in WIDTH.items()
+}
+SITES = {name: RoundedSite("s8 m8d8", steps) for name, steps in STEPS.items()}
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "second-order"])
+def test_eight_bit_weights_hold_the_steps_of_their_inputs(graph, costs, rounding):
+    known = costs if rounding == "second-order" else ChannelCosts()
+    config = replace(preset("w8a8"), rounding=rounding)
+    found, plain = (round_weights(graph, config, known, sites) for sites in (SITES, None))
+    for name, text in WIDTH.items():
+        spec, weight, rounded = linear_spec(text), getattr(graph, name), found[name]
+        assert rounded.holds_steps and not plain[name].holds_steps and rounded.bits == 8
+        meant = with_steps(weight, spec, STEPS[name])
+        if rounding == "nearest":
+            assert torch.equal(rounded.codes, quantize_weight(meant, spec, 8)[0]) and rounded.error == 0.0
+            continue
+        over = over_steps(costs.hessians[name], spec, STEPS[name])
+        codes, scale = round_second_order(meant, spec, over, 8)
+        assert torch.equal(rounded.codes, codes) and torch.equal(rounded.scale, scale)
+        # the error is in the same unit as that of weights without steps: of the float weights, in H
+        error = dequantize_weight(codes, scale, spec, STEPS[name]).double() - weight.double()
+        e, (h,) = error.view(spec.inputs[0].mul, -1), costs.hessians[name].values()
+        assert rounded.error == pytest.approx(float((e * (h @ e)).sum()), rel=1e-3)
+        nearest = quantize_weight(meant, spec, 8)
+        assert rounded.error <= 1.05 * output_error(meant, *nearest, spec, over)
+
+
+def test_four_bit_weights_hold_no_steps_unless_they_are_promoted(graph, costs):
+    config = replace(preset("w4a8"), max_weight_share=None)
+    plain, found = (round_weights(graph, config, costs, sites) for sites in (None, SITES))
+    for name in WIDTH:
+        assert not found[name].holds_steps and found[name].bits == 4
+        assert torch.equal(found[name].codes, plain[name].codes) and found[name].error == plain[name].error
+    wide = round_weights(graph, replace(config, max_weight_share=10.0), costs, SITES)
+    eight = round_weights(graph, preset("w8a8"), costs, SITES)
+    for name in WIDTH:
+        assert wide[name].holds_steps and wide[name].bits == 8
+        assert torch.equal(wide[name].codes, eight[name].codes)
+
+
+def test_steps_are_held_by_the_layers_that_meet_them_alone(graph, costs):
+    found = round_weights(graph, preset("w8"), costs, {"second": SITES["second"]})
+    assert [found[name].holds_steps for name in WIDTH] == [False, True, False]
+
+
 @pytest.mark.parametrize("share", [None, 0.2, 0.25, 0.3, 10.0])
-def test_the_worst_layers_get_more_bits_within_the_share(graph, hessians, share):
+def test_the_worst_layers_get_more_bits_within_the_share(graph, costs, share):
     config = replace(preset("w4"), max_weight_share=share)
-    found = round_weights(graph, config, hessians)
-    plain = round_weights(graph, replace(config, max_weight_share=None), hessians)
+    found = round_weights(graph, config, costs)
+    plain = round_weights(graph, replace(config, max_weight_share=None), costs)
     total = sum(weight_bytes(linear_spec(WIDTH[n]), None) for n in WIDTH)
     smallest = sum(weight_bytes(linear_spec(WIDTH[n]), 4) for n in WIDTH)
     stored = sum(weight_bytes(linear_spec(WIDTH[n]), found[n].bits) for n in WIDTH)
@@ -143,11 +198,11 @@ def test_the_worst_layers_get_more_bits_within_the_share(graph, hessians, share)
     assert all(found[n].error < plain[n].error for n in wide)
 
 
-def test_overrides_keep_layers_in_float(graph, hessians):
+def test_overrides_keep_layers_in_float(graph, costs):
     config = preset("w8")
     from gaq_compile.config import resolve
 
-    found = round_weights(graph, resolve(config, {"second": {"weight_bits": None}}), hessians)
+    found = round_weights(graph, resolve(config, {"second": {"weight_bits": None}}), costs)
     assert set(found) == {"first", "last"}
 
 

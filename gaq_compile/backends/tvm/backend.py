@@ -74,7 +74,12 @@ def _integer_linear(node: Node, attribute: Attribute, target: str) -> Lowered | 
     stored = attribute(codes)
     plain = unpack_int4(stored, linear_spec(str(spec)).weight_numel) if bits == 4 else stored
     run = lower_linear(
-        problem, plain, attribute(scale), _optional(steps, attribute), _optional(bias, attribute), target
+        problem,
+        plain,
+        attribute(scale).float(),
+        _optional(steps, attribute),
+        _optional(bias, attribute),
+        target,
     )
     return Lowered(run, arithmetic(problem, target), (x,))
 

@@ -21,7 +21,7 @@ from .emit import literal, loop, splat, vector
 
 _BUFFERS = {"float32": "qf", "int16": "q16", "int8": "q8", "uint8": "q8"}
 _FLOAT_MAX = (2.0 - 2.0**-23) * 2.0**127
-_WEIGHTS = {"f32": "float32", "s8": "int8", "s4": "uint8"}
+_WEIGHTS = {"f32": "float32", "s16": "int16", "s8": "int8", "s4": "uint8"}
 
 
 def dense_text(plan: DensePlan, parallel: bool) -> str:

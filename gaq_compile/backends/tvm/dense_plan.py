@@ -37,7 +37,7 @@ class LinearProblem:
         spec: the :class:`LinearSpec` as text.
         activation: ``"f32"``, an activation scheme such as ``"s8 m8d8"``, or for a gradient that meets
             integer weights ``"g16"``: 16-bit integers with a step per row (numerics.gradients).
-        weight: ``"f32"``, ``"s8"`` or ``"s4"``.
+        weight: ``"f32"``, ``"s16"`` (multiplied in floats), ``"s8"`` or ``"s4"``.
         transpose: the gradient's map, from irreps_out to irreps_in (activation ``"f32"`` or ``"g16"``,
             no bias).
         bias: whether a float bias is added to the ``0e`` output blocks.
@@ -50,15 +50,17 @@ class LinearProblem:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        if self.weight not in ("f32", "s8", "s4"):
-            raise LoweringError(f"unknown weight type {self.weight!r}", where=str(self), fix="f32, s8 or s4")
+        if self.weight not in ("f32", "s16", "s8", "s4"):
+            raise LoweringError(
+                f"unknown weight type {self.weight!r}", where=str(self), fix="f32, s16, s8 or s4"
+            )
         if self.transpose and (self.activation not in ("f32", GRADIENT) or self.bias):
             raise LoweringError(
                 f"a transposed linear takes a gradient, float or {GRADIENT}, and no bias",
                 where=str(self),
                 fix=f"use activation='f32' or {GRADIENT!r}, bias=False",
             )
-        if self.activation == GRADIENT and not (self.transpose and self.weight != "f32"):
+        if self.activation == GRADIENT and not (self.transpose and self.weight in ("s8", "s4")):
             raise LoweringError(
                 f"{GRADIENT} is for gradients (transposed linears) that meet integer weights",
                 where=str(self),
@@ -317,7 +319,7 @@ def _operand(problem: LinearProblem, block: Block) -> Operand:
     if scheme is None:
         return Operand("f32", "direct", block)
     rule = "component" if block.l == 0 else scheme.vector
-    if rule == "exact" or problem.weight == "f32":
+    if rule == "exact" or problem.weight in ("f32", "s16"):
         return Operand("f32", rule, block, index=block.channel)
     bits = scheme.scalar_bits if block.l == 0 else scheme.vector_bits
     narrow = rule == "component" and bits <= 8 and not scheme.common

@@ -30,6 +30,7 @@ from .vnni import has_vnni
 
 __all__ = ["DenseSchedule", "LinearKernel", "LinearProblem", "arithmetic", "has_vnni", "lower_linear"]
 
+_DTYPES = {"f32": torch.float32, "s16": torch.int16, "s8": torch.int8, "s4": torch.int8}
 _MAX_ELEMENTS = 2**31 - 2**16  # a kernel's indices are 32-bit; longer inputs go in stretches of rows
 
 
@@ -110,7 +111,8 @@ def lower_linear(
 
     Args:
         problem: what to compute.
-        weight: (spec.weight_numel,) float32, or int8 codes for weights ``"s8"`` and ``"s4"``; codes hold
+        weight: (spec.weight_numel,) float32, or int8 codes for weights ``"s8"`` and ``"s4"`` and
+            int16 codes for ``"s16"``; codes hold
             the input's steps, where there are any (``numerics.weights.with_steps``) and the scheme
             has no grid in common.
         weight_scale: (spec.scale_numel,) float32 steps of the codes; None for float weights.
@@ -212,7 +214,7 @@ def _check(
     held = problem.transpose and quantized and x_scale is not None
     scales = channels(spec.irreps_in) if problem.scheme is not None or held else None
     expected = (
-        ("weight", weight, spec.weight_numel, torch.int8 if quantized else torch.float32),
+        ("weight", weight, spec.weight_numel, _DTYPES[problem.weight]),
         ("weight_scale", weight_scale, spec.scale_numel if quantized else None, torch.float32),
         ("x_scale", x_scale, scales, torch.float32),
         ("bias", bias, sum(b.mul for b in spec.bias_blocks) if problem.bias else None, torch.float32),

@@ -29,7 +29,9 @@ GRANULARITIES = ("channel", "block")
 ROUNDINGS = ("second-order", "nearest")
 WEIGHT_BITS = (4, 8, 16)
 WIDE_SHARE = 0.1  # of the multiplications, for 8-bit activations (docs/numerics.md)
-FOUR_BIT_SHARE = 0.148  # of float32's bytes; all weights at 4 bits take 0.135 to 0.139 with their scales
+# Of float32's bytes; all weights at 4 (8) bits take 0.13 (0.26) with their scales. The rest goes to the
+# layers that suffer most: species embeddings get 16 bits, others 8.
+WEIGHT_SHARES = {4: 0.148, 8: 0.268}
 
 _ACTIVATION = re.compile(r"s(\d{1,2}) (?:c(\d{1,2})|m(\d{1,2})(?:d(\d{1,2})|exact))( common)?")
 _ACTIVATION_FIX = "write e.g. 's8 m8d8', 's8 c8', 's16 m16d16' or 's8 m8exact'"
@@ -185,8 +187,8 @@ class QuantConfig:
             range is clipped, which is a silent error.
         rounding: how weights become integers: "second-order" (together, against what the energy
             and the forces feel of each error) or "nearest" (one by one).
-        max_weight_share: if given, the layers that suffer most from fewer bits get 8, as long as
-            all weights take at most this share of their float32 bytes.
+        max_weight_share: if given, the layers that suffer most from fewer bits get 8, and species
+            embeddings 16, as long as all weights take at most this share of their float32 bytes.
         max_wide_share: if given, the activations that cost most per multiplication get 16 bits, as
             long as these take at most this share of the multiplications.
         overrides: per-layer precision; the last matching pattern wins.
@@ -347,14 +349,15 @@ def preset(name: str) -> QuantConfig:
     layer = PRESETS.get(name)
     if layer is None:
         raise ConfigError(f"unknown scheme {name!r}", fix=f"use one of {', '.join(PRESETS)}")
+    naive = name.startswith("naive")
     return QuantConfig(
         name,
         layer.weight_bits,
         layer.activation,
-        granularity="block" if name.startswith("naive") else "channel",
-        rounding="nearest" if name.startswith("naive") else "second-order",
-        max_weight_share=FOUR_BIT_SHARE if layer.weight_bits == 4 else None,
-        max_wide_share=WIDE_SHARE if name.endswith("a8") and not name.startswith("naive") else None,
+        granularity="block" if naive else "channel",
+        rounding="nearest" if naive else "second-order",
+        max_weight_share=None if naive else WEIGHT_SHARES.get(layer.weight_bits or 0),
+        max_wide_share=WIDE_SHARE if name.endswith("a8") and not naive else None,
     )
 
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from gaq_compile import config as config_module
 from gaq_compile.config import (
     DEFAULT_SCHEME,
-    FOUR_BIT_SHARE,
     GRANULARITIES,
     OBSERVERS,
     PRESETS,
+    WEIGHT_SHARES,
     WIDE_SHARE,
     ActivationScheme,
     LayerConfig,
@@ -90,8 +90,25 @@ def test_operands_fit_into_16_bits(scheme: ActivationScheme) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    "|s8|m8d8|s8 m8|s8 m8d3|s8 m8d17|s1 c8|s8 c17|s8 m8d8 |S8 c8|s8 c8d8|s8 m8d8common|s8 m8d8  common"
-    "|s8 common|common|s8 c8 common common|s8 c8 Common".split("|"),
+    [
+        "",
+        "s8",
+        "m8d8",
+        "s8 m8",
+        "s8 m8d3",
+        "s8 m8d17",
+        "s1 c8",
+        "s8 c17",
+        "s8 m8d8 ",
+        "S8 c8",
+        "s8 c8d8",
+        "s8 m8d8common",
+        "s8 m8d8  common",
+        "s8 common",
+        "common",
+        "s8 c8 common common",
+        "s8 c8 Common",
+    ],
 )
 def test_malformed_activation_schemes_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
@@ -164,7 +181,7 @@ def test_text_that_is_no_configuration_is_refused(text: str) -> None:
 def test_presets(name: str, weight_bits: int | None, activation: str | None) -> None:
     config = preset(name)
     rounding = "nearest" if name == "naive-w8a8" else "second-order"
-    share = FOUR_BIT_SHARE if weight_bits == 4 else None
+    share = None if name == "naive-w8a8" else WEIGHT_SHARES.get(weight_bits or 0)
     granularity = "block" if name == "naive-w8a8" else "channel"
     assert config == QuantConfig(
         name,

@@ -18,6 +18,8 @@ from ..ir.tags import irreps_of
 from ..numerics.observers import ObserverState, make_observer
 from .graph_tools import aten, calls, gaq, is_call
 
+FEW_BITS = 8  # of scalars, up to which every channel wants a step of its own
+
 
 @dataclass(frozen=True)
 class Site:
@@ -96,7 +98,7 @@ def calibrate(
     """
     sites = quantization_sites(graph_module, config)
     observer = make_observer(config.observer, config.headroom)
-    states = {site.label: observer.start(config.granularity) for site in sites}
+    states = {site.label: observer.start(_granularity(site, config)) for site in sites}
     if not sites:
         return {}
     with Progress(disable=not progress, transient=True) as bar, torch.no_grad():
@@ -105,6 +107,11 @@ def calibrate(
             _Watcher(graph_module, sites, states).run(*batch)
             bar.advance(task)
     return {label: state.scale() for label, state in states.items()}
+
+
+def _granularity(site: Site, config: QuantConfig) -> str:
+    """16 bits are fine enough for a whole block, and unequal steps would make weights unequal."""
+    return config.granularity if activation_scheme(site.scheme).scalar_bits <= FEW_BITS else "block"
 
 
 class _Watcher(Interpreter):

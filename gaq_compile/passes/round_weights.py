@@ -98,10 +98,8 @@ def _layers(graph_module: GraphModule, config: QuantConfig) -> dict[str, _Layer]
         bits = config.for_layer(label).weight_bits
         if bits is None or not isinstance(source, Node) or source.op != "get_attr":
             continue  # weights computed at run time stay as they are
-        table = config.rounding == "second-order" and is_one_hot(node.args[0])
-        choice = tuple(b for b in (4, 8, 16) if bits <= b <= max(bits, TABLE if table else WIDER))
-        if config.max_weight_share is None:
-            choice = choice[-1:] if table else choice[:1]
+        widest = TABLE if is_one_hot(node.args[0]) else WIDER
+        choice = tuple(b for b in (4, 8, 16) if bits <= b <= max(bits, widest))
         weight = attribute(graph_module, source).detach()
         found[label] = _Layer(weight, linear_spec(str(node.args[3])), choice)
     return found

@@ -56,7 +56,7 @@ def widen_activations(
     work: dict[str, float] = {}
     for site in sites:
         found[site.label] = RoundedSite(site.scheme, steps[site.label], _cost(site, steps[site.label], costs))
-        work[site.label] = work.get(site.label, 0.0) + _multiplications(site, costs)
+        work[site.label] = _multiplications(site, costs)  # of all uses of the label: their rows are summed
     left = (max_share or 0.0) * sum(work.values())
     for label in sorted(found, key=lambda k: -found[k].error / max(work[k], 1.0)):
         narrow = activation_scheme(found[label].scheme).scalar_bits < WIDE
@@ -94,10 +94,13 @@ def _widened(site: RoundedSite, irreps: str) -> RoundedSite:
         vector_bits=WIDE,
         direction_bits=WIDE if narrow.vector == "mddq" else 0,
     )
-    return RoundedSite(str(wide), site.steps * _finer(narrow, wide, irreps))
+    return RoundedSite(str(wide), _finer(site.steps, narrow, wide, irreps))
 
 
-def _finer(narrow: ActivationScheme, wide: ActivationScheme, irreps: str) -> Tensor:
-    """Of every channel, how much smaller the step of the same range is."""
-    parts = [torch.full((b.mul,), narrow.qmax(b.l) / wide.qmax(b.l)) for b in blocks(irreps)]
-    return torch.cat(parts) if parts else torch.zeros(0)
+def _finer(steps: Tensor, narrow: ActivationScheme, wide: ActivationScheme, irreps: str) -> Tensor:
+    """The steps of the same ranges, one for each block: with so many levels no channel needs its own."""
+    parts = []
+    for b in blocks(irreps):
+        largest = steps[b.channel :][: b.mul].max()
+        parts.append((largest * (narrow.qmax(b.l) / wide.qmax(b.l))).expand(b.mul))
+    return torch.cat(parts)

@@ -14,6 +14,7 @@ from gaq_compile.numerics.weights import (
     QMAX,
     dequantize_weight,
     quantize_weight,
+    stored_scale,
     weight_bytes,
     with_steps,
 )
@@ -132,7 +133,7 @@ def test_four_bit_scales_are_no_worse_than_the_range(text: str, seed: int, sprea
     for path in spec.paths:
         part = slice(path.offset, path.offset + path.numel)
         columns = weight[part].view(-1, path.block_out.mul)
-        full = columns.abs().amax(0) / 7
+        full = stored_scale(columns.abs().amax(0) / 7)
         plain = ((torch.round(columns / full).clamp(-7, 7) * full - columns) ** 2).sum(0)
         assert bool((chosen[part].view_as(columns).sum(0) <= plain * (1 + 1e-5) + 1e-12).all())
 
@@ -174,14 +175,32 @@ def test_zero_columns_get_scale_one(bits: int) -> None:
 
 def test_scales_belong_to_path_and_output_channel() -> None:
     spec = linear_spec("1x0e+1x0e+1x1o -> 2x0e+1x1o | 0:0 2:1")
-    codes, scale = quantize_weight(torch.tensor([127.0, 12.7, -1.27]), spec, 8)
-    torch.testing.assert_close(scale, torch.tensor([1.0, 0.1, 0.01]))
+    codes, scale = quantize_weight(torch.tensor([127.0, 127.0 / 8, -127.0 / 128]), spec, 8)
+    assert scale.tolist() == [1.0, 1 / 8, 1 / 128]
     assert codes.tolist() == [127, 127, -127]
+
+
+def test_a_stored_scale_is_the_next_number_of_bfloat16() -> None:
+    scale = torch.rand(2000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 2000)
+    stored = stored_scale(scale)
+    assert stored.dtype == torch.float32 and torch.equal(stored.to(torch.bfloat16).float(), stored)
+    assert bool(((stored >= scale) & (stored <= scale * (1 + 2.0**-7))).all())
+    assert torch.equal(stored_scale(stored), stored)
+
+
+def test_sixteen_bits_keep_eleven_and_more_of_every_weight() -> None:
+    spec = linear_spec(SPECS[0])
+    weight = example(spec, 3)
+    codes, scale = quantize_weight(weight, spec, 16)
+    assert codes.dtype == torch.int16 and int(codes.abs().max()) > 32000
+    step = scale_per_weight(scale, spec)
+    assert bool(((dequantize_weight(codes, scale, spec) - weight).abs() <= 0.5001 * step).all())
+    assert float(step.max()) <= float(weight.abs().max()) / 32000
 
 
 def test_weight_bytes() -> None:
     spec = linear_spec("5x0e -> 3x0e")
-    assert [weight_bytes(spec, bits) for bits in (None, 8, 4)] == [60, 15 + 12, 8 + 12]
+    assert [weight_bytes(spec, bits) for bits in (None, 16, 8, 4)] == [60, 30 + 6, 15 + 6, 8 + 6]
 
 
 def test_a_linear_without_paths_is_empty() -> None:
@@ -196,8 +215,8 @@ def test_wrong_arguments_are_refused() -> None:
     spec = linear_spec("2x0e -> 3x0e")
     with pytest.raises(ConfigError, match="3 bits"):
         quantize_weight(torch.zeros(6), spec, 3)
-    with pytest.raises(ConfigError, match="16 bits"):
-        weight_bytes(spec, 16)
+    with pytest.raises(ConfigError, match="12 bits"):
+        weight_bytes(spec, 12)
     with pytest.raises(IrrepsError, match="6 weights"):
         quantize_weight(torch.zeros(5), spec, 8)
     with pytest.raises(IrrepsError, match="3 scales"):

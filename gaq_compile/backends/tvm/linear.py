@@ -225,6 +225,12 @@ def _check(
         if tensor is None or tuple(tensor.shape) != (numel,) or tensor.dtype != dtype:
             got = None if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
             raise LoweringError(f"{name} must be {dtype} ({numel},), got {got}", where=problem.spec)
+    if problem.activation == "f32" and not problem.transpose and x_scale is not None:
+        raise LoweringError(
+            "x_scale is for quantized activations and for gradients",
+            where=problem.spec,
+            fix="leave it out where activations stay float",
+        )
     top = {"s8": 127, "s4": 7}.get(problem.weight)
     if top and weight.numel() and int(weight.to(torch.int32).abs().max()) > top:
         raise LoweringError(f"a weight code exceeds {top}", where=problem.spec, fix="requantize the weights")

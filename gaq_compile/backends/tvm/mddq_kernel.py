@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...config import ActivationScheme, activation_scheme
-from ...errors import IrrepsError
+from ...errors import IrrepsError, LoweringError
 from ...ir.layout import Block, blocks, channels, dim, simplified
 from .build import compile_kernel
 from .emit import block_lanes, kernel_text, vector
@@ -33,8 +33,12 @@ def lower_mddq(irreps: str, scheme: str, scale: Tensor, target: str) -> Callable
     Raises:
         ConfigError: for an unknown scheme.
         IrrepsError: if scale does not fit the irreps.
-        LoweringError: if TVM rejects the kernel.
+        LoweringError: for a common grid, or if TVM rejects the kernel.
     """
+    if activation_scheme(scheme).common:
+        raise LoweringError(
+            "activations on a common grid have a kernel only together with integer weights", where=scheme
+        )
     steps = _steps(scale, irreps)
     kernel = compile_kernel(mddq_source(irreps, scheme), target)
 
@@ -49,7 +53,10 @@ def lower_mddq(irreps: str, scheme: str, scale: Tensor, target: str) -> Callable
 def lower_mddq_backward(
     irreps: str, scheme: str, scale: Tensor, target: str
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The compiled ``fake_quantize_backward``, (grad, x) -> grad_x, all (N, dim); see :func:`lower_mddq`."""
+    """The compiled ``fake_quantize_backward``, (grad, x) -> grad_x, all (N, dim); see :func:`lower_mddq`.
+
+    Gradients of a common grid are those of the same scheme without it.
+    """
     steps = _steps(scale, irreps)
     kernel = compile_kernel(mddq_backward_source(irreps, scheme), target)
 

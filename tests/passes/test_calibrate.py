@@ -40,7 +40,7 @@ def test_steps_are_the_observer_s(two_layers, scheme, assert_pure):
     config, batches = preset(scheme), _batches(1, 2, 3)
     steps = assert_pure(lambda graph: calibrate(graph, batches, config), two_layers)
     assert set(steps) == {"first", "second"}
-    granularity = "block" if scheme == "w8a16" else config.granularity  # 16 bits are fine enough
+    granularity = "block" if scheme == "w8a16" else config.granularity  # 16 bits need no step a channel
     state = make_observer(config.observer, config.headroom).start(granularity)
     for (x,) in batches:
         state.observe(x, "2x0e+2x1o", activation_scheme(config.activation))
@@ -48,7 +48,7 @@ def test_steps_are_the_observer_s(two_layers, scheme, assert_pure):
     assert steps["first"].shape == steps["second"].shape == (4,)
     assert (steps["second"] > 10 * steps["first"].max()).all()
     per_block = [len(steps["first"][:2].unique()), len(steps["first"][2:].unique())]
-    assert per_block == ([1, 1] if scheme == "naive-w8a8" else [2, 2])
+    assert per_block == ([1, 1] if granularity == "block" else [2, 2])
 
 
 @pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])

@@ -35,7 +35,7 @@ from gaq_compile.verify.parity import parity
 from gaq_compile.verify.structures import rattled
 from gaq_compile.verify.types import Prediction
 
-SCHEMES = ("fp32", "w8", "w4", "w8a16", "exact-w8a8", "w8a8", "w4a8", "naive-w8a8")
+SCHEMES = ("fp32", "w8", "w4", "w8a16", "w4a16", "exact-w8a8", "exact-w4a8", "w8a8", "w4a8", "naive-w8a8")
 
 
 def salt() -> Atoms:

@@ -62,12 +62,14 @@ def round_weights(
         graph_module: the float energy graph.
         config: bits per layer, the kind of rounding, and the share of bytes that may be used.
         costs: from :func:`.weigh_channels.weigh_channels`; a layer that is not among them is rounded
-            to nearest.
+            to nearest. Not looked at where ``config.rounding`` is "nearest".
         activations: the layers' quantized inputs (:func:`.widen_activations.widen_activations`).
             Weights of 8 bits hold their steps; in 15 levels, rows that steps make unequal would not fit.
     """
     steps = {label: site.steps for label, site in (activations or {}).items()}
     layers = _layers(graph_module, config)
+    if config.rounding == "nearest":
+        costs = ChannelCosts()
     found = {
         k: _rounded(k, layer.weight, layer.spec, costs, steps.get(k), layer.bits[0])
         for k, layer in layers.items()

@@ -211,8 +211,8 @@ def _add(found: ChannelCosts, layer: _Layer, x: Tensor, weight: Tensor) -> None:
 
 
 def _add_mean(found: ChannelCosts, layer: _Layer, x: Tensor, weight: Tensor) -> None:
-    if layer.biased:
-        parts = [view(x, b)[:, 0].double() for b in layer.spec.inputs if (b.l, b.p) == (0, 1)]
+    parts = [view(x, b)[:, 0].double() for b in layer.spec.inputs if (b.l, b.p) == (0, 1)]
+    if layer.biased and parts:
         sums = torch.cat([weight @ torch.cat(parts, 1), weight.sum()[None]])
         found.means[layer.label] = found.means.get(layer.label, torch.zeros_like(sums)) + sums
 

@@ -129,7 +129,7 @@ def test_a_model_of_its_own_tensors():
 
 
 def test_rounding_is_second_order_only_where_asked(graph, costs):
-    near = round_weights(graph, replace(preset("w8"), rounding="nearest"), ChannelCosts())
+    near = round_weights(graph, replace(preset("w8"), rounding="nearest"), costs)
     for name, spec in WIDTH.items():
         assert torch.equal(near[name].codes, quantize_weight(getattr(graph, name), linear_spec(spec), 8)[0])
     together = round_weights(graph, preset("w8"), costs)

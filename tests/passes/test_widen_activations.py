@@ -239,3 +239,16 @@ def test_two_uses_of_a_layer_are_counted_once_each():
     torch.testing.assert_close(costs.impacts["l"], expected, rtol=1e-3, atol=1e-6)
     found = widen_activations(sites, {"l": torch.full((3,), 0.01)}, costs, 1.0)
     assert found["l"].scheme == "s16 m16d16"  # all of the work is within a share of 1
+
+
+def test_a_biased_layer_without_invariant_inputs_is_weighed(graph):
+    """Its bias meets no channel, so there is no mean to take up."""
+
+    def function(positions, numbers, w, b):
+        y = gaq.irreps_linear.default(positions, w, b, "1x1o -> 1x1o+1x0e", False, "l")
+        return (y[:, :3].square().sum(1) + y[:, 3]).double()
+
+    traced = torch.fx.symbolic_trace(function)
+    form = GraphFormat(("positions", "numbers", "w", "b"), 0.0, positions="positions")
+    found = weigh_channels(traced, form, [[*_batch(0), torch.ones(1), torch.ones(1)]])
+    assert found.means == {} and float(found.hessians["l"][1, -1].trace()) > 0

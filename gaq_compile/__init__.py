@@ -11,7 +11,19 @@ from .api import load, quantize
 from .config import QuantConfig, preset
 from .ir.draw import draw
 from .potential import Potential
+from .tools.sensitivity import Sensitivity, sensitivity
 from .verify.report import Report
 
 __version__ = "0.1.0"
-__all__ = ["Potential", "QuantConfig", "Report", "draw", "errors", "load", "preset", "quantize"]
+__all__ = [
+    "Potential",
+    "QuantConfig",
+    "Report",
+    "Sensitivity",
+    "draw",
+    "errors",
+    "load",
+    "preset",
+    "quantize",
+    "sensitivity",
+]

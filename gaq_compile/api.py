@@ -86,17 +86,14 @@ def quantize(
     """
     config = resolve(scheme, overrides)
     backends = _backends(backend, target)
-    subject = _subject(model, example_graph)
-    exported = export_energy(subject.energy_model, subject.example)
-    subject = subject.limited(exported.limits)
-    stages = prepare(exported.graph)
+    subject, stages = _stages(model, example_graph)
     prepared = stages["tag_irreps"]
     config.check_patterns(_names(prepared))
 
-    trace = _Trace(prepared, subject, backends, strict, progress)
-    fused = _build(trace, resolve("fp32"))
+    traced = _Trace(prepared, subject, backends, strict, progress)
+    fused = _build(traced, resolve("fp32"))
     fp32 = checks.check_fp32(subject.sides(fused), subject.tests, subject.name)
-    built = fused if config == resolve("fp32") else _build(trace, config)
+    built = fused if config == resolve("fp32") else _build(traced, config)
     report = replace(
         _blank_report(subject, config, backends[0]),
         placements=built.placements,
@@ -104,6 +101,18 @@ def quantize(
     )
     graphs = {**stages, **built.graphs}
     return Potential(graphs, subject.form, config, report, _calibrated(subject, config))
+
+
+def trace(model: nn.Module | str, example_graph: Any) -> tuple[_Subject, GraphModule]:
+    """What is compiled, and its tagged float energy graph; arguments as for :func:`quantize`."""
+    subject, stages = _stages(model, example_graph)
+    return subject, stages["tag_irreps"]
+
+
+def _stages(model: nn.Module | str, example_graph: Any) -> tuple[_Subject, dict[str, GraphModule]]:
+    subject = _subject(model, example_graph)
+    exported = export_energy(subject.energy_model, subject.example)
+    return subject.limited(exported.limits), prepare(exported.graph)
 
 
 def _calibrated(subject: _Subject, config: QuantConfig) -> CalibratedRange | None:
@@ -364,4 +373,4 @@ def _versions() -> dict[str, str]:
     return found
 
 
-__all__ = ["load", "quantize"]
+__all__ = ["load", "quantize", "trace"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,10 @@ from .verify.parity import Parity
 from .verify.report import Report
 from .verify.structures import rattled
 from .verify.types import Prediction
+
+RATTLES = (0.03, 0.06, 0.1)  # Å, of the copies that calibration sees
+ENOUGH_ATOMS = 256
+MOST_ROUNDS = 30
 
 
 def quantize(
@@ -286,8 +291,19 @@ def _tracing_partner(structures: Sequence[Atoms]) -> list[Atoms]:
 
 
 def _rattled_too(structures: Sequence[Atoms]) -> list[Atoms]:
-    """The user's structures and rattled copies: more of the range than one geometry shows."""
-    moved = [_moved(s, stdev, seed) for seed, stdev in enumerate((0.03, 0.06, 0.1)) for s in structures]
+    """The user's structures and rattled copies: more of the range than one geometry shows.
+
+    So many copies that there are ``ENOUGH_ATOMS``: each channel has a range of its own, and what
+    lies beyond it is clipped.
+    """
+    sets = math.ceil(ENOUGH_ATOMS / sum(map(len, structures)))
+    rounds = max(1, math.ceil((sets - 1) / len(RATTLES)))
+    moved = [
+        _moved(s, stdev, k + len(RATTLES) * turn)
+        for turn in range(min(rounds, MOST_ROUNDS))
+        for k, stdev in enumerate(RATTLES)
+        for s in structures
+    ]
     return [*structures, *moved]
 
 

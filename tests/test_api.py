@@ -347,3 +347,15 @@ def test_kernels_batch_and_single_atoms(so3lr_w8a8):
         assert np.isfinite(prediction.forces).all()
     assert np.abs(together[1].forces).max() == 0 and np.abs(together[3].forces[3]).max() == 0
     assert not so3lr_w8a8.report.fallback
+
+
+@pytest.mark.parametrize(("atoms", "copies"), [(8, 33), (24, 12), (64, 3), (200, 3), (1, 90)])
+def test_small_examples_are_rattled_more_often(atoms, copies):
+    """What few atoms do not show is clipped: calibration sees 256, or three copies at least."""
+    from gaq_compile.api import _rattled_too
+
+    example = Atoms("H" * atoms, positions=np.arange(3.0 * atoms).reshape(-1, 3))
+    found = _rattled_too([example])
+    assert len(found) == 1 + copies and (len(found) * atoms >= 256 or atoms == 1)
+    assert len({a.positions.tobytes() for a in found}) == len(found)
+    assert found[0] == example

@@ -91,7 +91,7 @@ def quantize(
     """
     config = resolve(scheme, overrides)
     backends = _backends(backend, target)
-    subject, stages = _stages(model, example_graph)
+    subject, stages = trace(model, example_graph)
     prepared = stages["tag_irreps"]
     config.check_patterns(_names(prepared))
 
@@ -108,13 +108,8 @@ def quantize(
     return Potential(graphs, subject.form, config, report, _calibrated(subject, config))
 
 
-def trace(model: nn.Module | str, example_graph: Any) -> tuple[_Subject, GraphModule]:
-    """What is compiled, and its tagged float energy graph; arguments as for :func:`quantize`."""
-    subject, stages = _stages(model, example_graph)
-    return subject, stages["tag_irreps"]
-
-
-def _stages(model: nn.Module | str, example_graph: Any) -> tuple[_Subject, dict[str, GraphModule]]:
+def trace(model: nn.Module | str, example_graph: Any) -> tuple[_Subject, dict[str, GraphModule]]:
+    """What is compiled, and its float energy graph by stage; arguments as for :func:`quantize`."""
     subject = _subject(model, example_graph)
     exported = export_energy(subject.energy_model, subject.example)
     return subject.limited(exported.limits), prepare(exported.graph)

@@ -30,6 +30,7 @@ from ..config import ActivationScheme, activation_scheme
 from ..errors import IrrepsError
 from ..ir.layout import Block, blocks, channels, dim, simplified
 from .codebooks import IntegerGrid, norm
+from .magnitudes import linear_codes
 
 __all__ = [
     "ActivationScheme",
@@ -127,7 +128,7 @@ def fake_quantize_backward(
         safe = torch.where(m == 0, 1.0, m)
         u = v / safe
         radial = u * (g * u).sum(-2, keepdim=True)
-        bent = radial * (m / s <= qmax) + (s * _magnitude(m, s, qmax) / safe) * (g - radial)
+        bent = radial * (m / s <= qmax) + (s * linear_codes(m, s, qmax) / safe) * (g - radial)
         return torch.where(m == 0, g, bent)
 
     return _by_block((grad, x), scale, irreps, block)
@@ -142,10 +143,6 @@ def _unit(scale: Tensor | float, scheme: ActivationScheme) -> Tensor | float:
     return scale.max() if scheme.common and isinstance(scale, Tensor) else scale
 
 
-def _magnitude(m: Tensor, scale: Tensor | float, qmax: int) -> Tensor:
-    return torch.clamp(torch.round(m / scale), 0, qmax)
-
-
 def _operand(v: Tensor, l: int, scale: Tensor | float, scheme: ActivationScheme) -> Tensor:
     """X of one block (N, 2l+1, mul), held in v's dtype."""
     qmax = scheme.qmax(l)
@@ -154,7 +151,7 @@ def _operand(v: Tensor, l: int, scale: Tensor | float, scheme: ActivationScheme)
         operand = torch.clamp(torch.round(v / scale), -qmax, qmax)
         return torch.round(operand * fine) if scheme.common else operand
     m = norm(v)
-    q = _magnitude(m, scale, qmax)
+    q = linear_codes(m, scale, qmax)
     if scheme.vector == "exact":
         operand = v * (q * fine / m)
     else:

@@ -34,6 +34,11 @@ class Magnitudes(Protocol):
         """The largest ``|m^ - m|`` at m, up to float rounding."""
 
 
+def linear_codes(m: Tensor, step: Tensor | float, qmax: int) -> Tensor:
+    """``q = clamp(round(m/s), 0, qmax)`` in m's dtype; NaN stays NaN."""
+    return torch.clamp(torch.round(m / step), 0, qmax)
+
+
 @dataclass(frozen=True)
 class LinearMagnitudes:
     """Equal steps: ``q = clamp(round(m/s), 0, qmax)``, ``m^ = s q``, ``qmax = 2^bits - 1``.
@@ -69,7 +74,7 @@ class LinearMagnitudes:
 
     def encode(self, m: Tensor) -> Tensor:
         """q in m's dtype, for m of any shape; 0 for m < 0 as for 0; NaN stays NaN."""
-        return torch.clamp(torch.round(m / self.step), 0, self.qmax)
+        return linear_codes(m, self.step, self.qmax)
 
     def decode(self, q: Tensor) -> Tensor:
         """m^ in q's dtype."""

@@ -12,7 +12,7 @@ autograd once, here; nothing differentiates at run time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.fx.experimental._config as fx_config
@@ -65,7 +65,10 @@ def derive_forces(graph_module: GraphModule, form: GraphFormat, example: Sequenc
             gradients = torch.autograd.grad(atomic.sum(), [named[name] for name in vectors])
         if form.positions:
             return atomic.detach(), -gradients[0]
-        return (*_per_graph(atomic, named), *_forces(named, dict(zip(vectors, gradients, strict=True))))
+        return (
+            *_per_graph(atomic, named),
+            *forces_and_virial(named, dict(zip(vectors, gradients, strict=True))),
+        )
 
     with fx_config.patch(use_duck_shape=False):
         arguments = (list(state.values()), list(example))
@@ -102,7 +105,13 @@ def _per_graph(atomic: Tensor, named: dict[str, Tensor]) -> tuple[Tensor, Tensor
     return total, atomic.detach()
 
 
-def _forces(named: dict[str, Tensor], gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def forces_and_virial(named: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Forces (n, 3) and virials (graphs, 3, 3) of an energy that is a function of edge vectors.
+
+    Args:
+        named: the graph's inputs by name.
+        gradients: ``dE/dr`` of each kind of edge vectors by its input's name.
+    """
     atoms, graphs = named["batch"].shape[0], named["ptr"].shape[0] - 1
     forces = named["edge_vec"].new_zeros(atoms, 3)
     virial = named["edge_vec"].new_zeros(graphs, 3, 3)

@@ -57,7 +57,8 @@ class ChannelCosts:
         means: of every irreps-linear with a bias by its label, H of its 0e channels with the bias
             (C,), and of the bias with itself at the end: (C + 1,).
         impacts: I of every site by its label, (n_channels,).
-        powers: the mean square of every site's components by its label, (n_channels,).
+        powers: sums of squares of every site's tensor by its label, over rows and components,
+            (n_channels,).
         rows: rows of every site's tensor by its label, per atom.
     """
 
@@ -180,7 +181,9 @@ class _Rows:
             _add_mean(found, layer, x, factor * _squares(g))
         for site, x, g in self.sites:
             _add_squares(found.impacts, site, g, factor)
-            _add_power(found, site, x, factor / ENERGY_WEIGHT)
+            _add_squares(found.powers, site, x, factor / ENERGY_WEIGHT)
+            rows = len(x) * factor / ENERGY_WEIGHT
+            found.rows[site.label] = found.rows.get(site.label, 0.0) + rows
 
     def add_varied(self, found: ChannelCosts, ahead: _Rows, behind: _Rows, factor: float) -> None:
         """``factor * (|g|^2 xdot xdot^T + |gdot|^2 x x^T)``, and ``factor * gdot^2`` of the sites.
@@ -222,19 +225,6 @@ def _add_squares(sums: dict[str, Tensor], site: Site, x: Tensor, factor: float) 
     squares = x.double().square()
     found = factor * torch.cat([view(squares, block).sum((0, 1)) for block in blocks(site.irreps)])
     sums[site.label] = sums.get(site.label, torch.zeros_like(found)) + found
-
-
-def _add_power(found: ChannelCosts, site: Site, x: Tensor, share: float) -> None:
-    """One more batch in the mean square of a site's components, and in its rows per atom."""
-    before, here = found.rows.get(site.label, 0.0), share * len(x)
-    total = max(before + here, 1e-300)
-    if site.label in found.powers:
-        found.powers[site.label] *= before / total
-    parts = torch.cat([torch.full((b.mul,), 1.0 / b.components) for b in blocks(site.irreps)])
-    fresh: dict[str, Tensor] = {}
-    _add_squares(fresh, site, x, share / total)
-    found.powers[site.label] = found.powers.get(site.label, 0.0) + fresh[site.label] * parts
-    found.rows[site.label] = before + here
 
 
 class _Recorder(Interpreter):

@@ -70,7 +70,9 @@ def widen_activations(
 def _cost(site: Site, steps: Tensor, costs: ChannelCosts) -> float:
     if site.label not in costs.impacts:
         return 0.0
-    variance = torch.minimum(steps.double() ** 2 / 12.0, costs.powers[site.label])
+    components = torch.cat([torch.full((b.mul,), float(b.components)) for b in blocks(site.irreps)])
+    mean_square = costs.powers[site.label] / (components * costs.rows[site.label])
+    variance = torch.minimum(steps.double() ** 2 / 12.0, mean_square)
     return float((costs.impacts[site.label] * variance).sum())
 
 

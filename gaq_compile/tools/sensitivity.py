@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..api import trace
-from ..capture.graphs import EDGE_VECTORS, GraphFormat
+from ..capture.graphs import GraphFormat
 from ..config import Override, QuantConfig, resolve
 from ..errors import ConfigError
 from ..ir.specs import linear_spec
 from ..numerics.weights import weight_bytes
 from ..passes.calibrate import calibrate, quantization_sites
+from ..passes.derive_forces import forces_and_virial
 from ..passes.graph_tools import calls, gaq
 from ..passes.insert_mddq import insert_mddq
 from ..passes.round_weights import round_weights
@@ -133,7 +134,8 @@ def sensitivity(
         StructureError, NoEdgesError, UnknownElementError, CaptureError: as :func:`gaq_compile.quantize`.
     """
     config = resolve(scheme)
-    subject, prepared = trace(model, example_graph)
+    subject, stages = trace(model, example_graph)
+    prepared = stages["tag_irreps"]
     calibration = [subject.inputs([atoms]) for atoms in subject.calibration]
     tests = [subject.inputs([atoms]) for atoms in subject.tests]
     variants = _Variants.of(prepared, config, subject.form, calibration, progress)
@@ -208,14 +210,11 @@ def _evaluate(graph: GraphModule, form: GraphFormat, inputs: Sequence[Tensor]) -
     with torch.enable_grad():
         energy = graph(*(leaves.get(name, value) for name, value in named.items())).sum()
         slopes = torch.autograd.grad(energy, list(leaves.values()))
-    forces = torch.zeros(len(named[form.positions or "numbers"]), 3, dtype=torch.float64)
-    for name, slope in zip(leaves, slopes, strict=True):
-        if name == form.positions:
-            forces -= slope.double()
-        else:
-            receivers, senders = (named[end] for end in EDGE_VECTORS[name])
-            forces.index_add_(0, senders, -slope.double()).index_add_(0, receivers, slope.double())
-    return float(energy), forces.numpy()
+    if form.positions is None:
+        forces, _ = forces_and_virial(named, dict(zip(leaves, slopes, strict=True)))
+    else:
+        forces = -slopes[0]
+    return float(energy.detach()), forces.double().numpy()
 
 
 def _errors(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 
 import pytest
@@ -20,6 +20,8 @@ from gaq_compile.numerics.lattices import CubeGrid, PyramidGrid
 from gaq_compile.numerics.magnitudes import LinearMagnitudes, LogMagnitudes, Magnitudes, quantize_vectors
 from gaq_compile.numerics.sphere import FibonacciLattice, IcosahedralGrid, LearnedDirections, OctahedralGrid
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -31,15 +33,6 @@ def unit(v: Tensor) -> Tensor:
 
 def learned(degree: int, code_bits: int) -> LearnedDirections:
     return LearnedDirections.fit(random(degree, 4000, 2 * degree + 1, 1), code_bits, iterations=5)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are small here: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def makers() -> dict[str, tuple[Callable[[], Codebook], float]]:

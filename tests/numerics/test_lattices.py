@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -18,21 +17,14 @@ from gaq_compile.numerics.codebooks import norm
 from gaq_compile.numerics.lattices import CubeGrid, PackedIntegers, PyramidGrid, pyramid_size
 from gaq_compile.numerics.sphere import OctahedralGrid
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FACES = [
     *(CubeGrid(l, b) for l, b in ((1, 1), (1, 2), (1, 5), (2, 1), (2, 2), (3, 1))),
     *(PyramidGrid(l, k) for l, k in ((1, 1), (1, 4), (1, 9), (2, 2), (2, 5), (3, 2), (3, 4))),
 ]
 # finds the nearest direction, not the nearest point of a face: test_sphere.py
 SMALL = [*FACES, *(OctahedralGrid(b) for b in (2, 3, 4, 6))]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are small here: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

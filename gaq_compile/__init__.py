@@ -12,6 +12,7 @@ from .config import QuantConfig, preset
 from .ir.draw import draw
 from .potential import Potential
 from .tools.sensitivity import Sensitivity, sensitivity
+from .tools.tradeoff import Tradeoff, tradeoff
 from .verify.report import Report
 
 __version__ = "0.1.0"
@@ -20,10 +21,12 @@ __all__ = [
     "QuantConfig",
     "Report",
     "Sensitivity",
+    "Tradeoff",
     "draw",
     "errors",
     "load",
     "preset",
     "quantize",
     "sensitivity",
+    "tradeoff",
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import platform
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ from .capture.graphs import CalibratedRange, GraphFormat, Tensors, calibrated_ra
 from .capture.limits import Limits
 from .capture.pretrained import load_model
 from .config import DEFAULT_SCHEME, QuantConfig, is_conservative, resolve
-from .errors import NoEdgesError
+from .errors import AccuracyWarning, NoEdgesError
 from .ir.specs import linear_spec
 from .passes.calibrate import quantization_sites
+from .passes.choose_bits import choose_bits
+from .passes.evaluate import Comparison
 from .passes.graph_tools import attribute, gaq
 from .passes.lower import Placement, lower
+from .passes.observe import Observed, observe
 from .passes.pipeline import prepare, quantize_graph
 from .potential import Potential
 from .verify import checks
@@ -44,6 +48,9 @@ from .verify.types import Prediction
 RATTLES = (0.03, 0.06, 0.1)  # Å, of the copies that calibration sees
 ENOUGH_ATOMS = 256
 MOST_ROUNDS = 30
+BATCH_ATOMS = 64
+ENOUGH_TO_CHOOSE = 128  # atoms
+MOST_TRIALS = 16  # structures
 
 
 def quantize(
@@ -51,6 +58,7 @@ def quantize(
     example_graph: Atoms | Sequence[Atoms] | Sequence[Tensor] | Mapping[str, Tensor],
     scheme: str | QuantConfig = DEFAULT_SCHEME,
     *,
+    max_force_error: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     backend: str = "tvm",
     target: str | None = None,
@@ -71,7 +79,11 @@ def quantize(
             family, the tensors that its own forward takes (one of them called ``positions`` or
             ``pos``); it must return its energy.
         scheme: a preset ("w8a8", "w4a8", "naive-w8a8", "w8", "w4", "w8a16", "w4a16", "fp32",
-            "exact-w8a8", "exact-w4a8") or a :class:`QuantConfig`.
+            "exact-w8a8", "exact-w4a8"), "auto", or a :class:`QuantConfig`.
+        max_force_error: the mean absolute error of a force component (meV/Å) that the result may
+            have. The scheme's bits are then only the fewest that a node gets: more go where they help
+            most, until the error, measured on rattled copies that calibration has not seen, is
+            small enough. "auto" needs it, and is "w4" with that.
         overrides: per-module settings by name pattern, e.g. ``{"*weight_nn*": "w8"}``.
         backend: "tvm" (generated kernels) or "reference" (plain torch).
         target: a TVM target in JSON; by default this machine's CPU.
@@ -85,11 +97,12 @@ def quantize(
     Raises:
         StructureError, NoEdgesError, UnknownElementError: for structures that cannot be used.
         CaptureError: if the model cannot be captured; names the operator and the source line.
-        ConfigError: for an unknown scheme, backend or override.
+        ConfigError: for an unknown scheme, backend or override, or if no choice of bits keeps
+            ``max_force_error``.
         LoweringError: with ``strict``, if a node has no kernel.
         VerificationError: if the fusion-only form differs from the original beyond rounding.
     """
-    config = resolve(scheme, overrides)
+    config = resolve(scheme, overrides, max_force_error)
     backends = _backends(backend, target)
     subject, stages = trace(model, example_graph)
     prepared = stages["tag_irreps"]
@@ -100,12 +113,14 @@ def quantize(
     fp32 = checks.check_fp32(subject.sides(fused), subject.tests, subject.name)
     built = fused if config == resolve("fp32") else _build(traced, config)
     report = replace(
-        _blank_report(subject, config, backends[0]),
+        _blank_report(subject, built.config, backends[0]),
         placements=built.placements,
-        **_measured(subject, built, fp32, config, measure),
+        choice=built.choice,
+        **_measured(subject, built, fp32, measure),
     )
+    _warn_if_missed(report, config.max_force_error)
     graphs = {**stages, **built.graphs}
-    return Potential(graphs, subject.form, config, report, _calibrated(subject, config))
+    return Potential(graphs, subject.form, built.config, report, _calibrated(subject, built.config))
 
 
 def trace(model: nn.Module | str, example_graph: Any) -> tuple[_Subject, dict[str, GraphModule]]:
@@ -113,6 +128,17 @@ def trace(model: nn.Module | str, example_graph: Any) -> tuple[_Subject, dict[st
     subject = _subject(model, example_graph)
     exported = export_energy(subject.energy_model, subject.example)
     return subject.limited(exported.limits), prepare(exported.graph)
+
+
+def _warn_if_missed(report: Report, most: float | None) -> None:
+    found = report.accuracy["force_mae_mev_per_a"]
+    if most is not None and not found <= most:
+        warnings.warn(
+            f"the force error is {found:.3g} meV/Å on structures that were not used to choose bits, where "
+            f"{most:g} was asked for; more varied examples give a safer choice",
+            AccuracyWarning,
+            stacklevel=3,
+        )
 
 
 def _calibrated(subject: _Subject, config: QuantConfig) -> CalibratedRange | None:
@@ -175,6 +201,13 @@ class _Subject:
         """Perturbed structures that calibration has not seen."""
         return [_moved(self.structures[0], 0.05, 101), _moved(self.structures[-1], 0.04, 102)]
 
+    @property
+    def trials(self) -> list[Atoms]:
+        """More of these, for choices that are made by measuring; different from both."""
+        wanted = max(2, math.ceil(ENOUGH_TO_CHOOSE / len(self.structures[0])))
+        turns = range(min(wanted, MOST_TRIALS))
+        return [_moved(self.structures[k % len(self.structures)], 0.05, 201 + k) for k in turns]
+
     def limited(self, limits: Limits) -> _Subject:
         """The same, with what export assumed about the inputs."""
         model = self.energy_model
@@ -183,6 +216,24 @@ class _Subject:
     def inputs(self, structures: Sequence[Atoms]) -> list[Tensor]:
         tensors = self.collate(structures)
         return [tensors[name] for name in self.form.inputs]
+
+    def batches(self, structures: Sequence[Atoms]) -> list[list[Tensor]]:
+        """Inputs of all structures, small ones together, which is several times faster."""
+        if self.form.positions is not None:  # a model of its own tensors takes one at a time
+            return self.batches_alone(structures)
+        groups: list[list[Atoms]] = []
+        room = 0
+        for atoms in structures:
+            if len(atoms) > room:
+                groups.append([])
+                room = BATCH_ATOMS
+            groups[-1].append(atoms)
+            room -= len(atoms)
+        return [self.inputs(group) for group in groups]
+
+    def batches_alone(self, structures: Sequence[Atoms]) -> list[list[Tensor]]:
+        """Inputs of every structure alone, whose energies are wanted one by one."""
+        return [self.inputs([atoms]) for atoms in structures]
 
     def sides(self, built: _Built) -> checks.Sides:
         return checks.Sides(self._predict_original, lambda structures: self.predict(built, structures))
@@ -210,8 +261,13 @@ class _Trace:
 
 @dataclass(frozen=True)
 class _Built:
-    """One configuration's graphs, who runs them, and the potential they make."""
+    """One configuration's graphs, who runs them, and the potential they make.
 
+    ``config`` is what was asked for, with what was chosen.
+    """
+
+    config: QuantConfig
+    choice: dict[str, Any]
     graphs: dict[str, GraphModule]
     placements: tuple[Placement, ...]
     potential: Potential
@@ -252,14 +308,32 @@ def _structure_subject(name: str, model: nn.Module, structures: list[Atoms]) -> 
 
 def _build(trace: _Trace, config: QuantConfig) -> _Built:
     subject = trace.subject
-    calibration = [subject.inputs([atoms]) for atoms in subject.calibration]
-    stages = quantize_graph(
-        trace.prepared, config, subject.form, subject.example, calibration, trace.progress
-    )
+    calibration = subject.batches(subject.calibration)
+    observed = observe(trace.prepared, config, subject.form, calibration, trace.progress)
+    config, choice = _chosen(trace, config, observed)
+    stages = quantize_graph(trace.prepared, config, observed, subject.form, subject.example, calibration)
     lowered, placements = lower(stages["fold_integers"], trace.backends, trace.strict, trace.progress)
     graphs = {**stages, "lower": lowered}
     blank = _blank_report(subject, config, trace.backends[0])
-    return _Built(graphs, placements, Potential(graphs, subject.form, config, blank))
+    return _Built(config, choice, graphs, placements, Potential(graphs, subject.form, config, blank))
+
+
+def _chosen(trace: _Trace, config: QuantConfig, observed: Observed) -> tuple[QuantConfig, dict[str, Any]]:
+    """The configuration with its bits chosen, if it leaves a choice, and how it came about."""
+    if config.max_force_error is None:
+        return config, {}
+    subject = trace.subject
+    comparison = Comparison(trace.prepared, subject.form, subject.batches_alone(subject.trials))
+    choice = choose_bits(trace.prepared, config, observed, comparison, trace.progress)
+    found = {
+        "max_force_error_mev_per_a": config.max_force_error,
+        "force_mae_mev_per_a": choice.chosen.error.force_mev_per_a,
+        "atoms": choice.atoms,
+        "max_weight_share": choice.config.max_weight_share,
+        "max_wide_share": choice.config.max_wide_share,
+        "trials": [asdict(trial) for trial in choice.trials],
+    }
+    return choice.config, found
 
 
 def _backends(name: str, target: str | None) -> list[Backend]:
@@ -327,14 +401,14 @@ def _blank_report(subject: _Subject, config: QuantConfig, backend: Backend) -> R
     )
 
 
-def _measured(
-    subject: _Subject, built: _Built, fp32: Parity, config: QuantConfig, full: bool
-) -> dict[str, Any]:
+def _measured(subject: _Subject, built: _Built, fp32: Parity, full: bool) -> dict[str, Any]:
     """Every figure of the report; time and memory only if ``full``."""
     sides, tests = subject.sides(built), subject.tests
     found: dict[str, Any] = {
         "accuracy": checks.accuracy_figures(sides, tests, fp32),
-        "conservativity": checks.conservativity_figures(sides.compiled, tests[:1], is_conservative(config)),
+        "conservativity": checks.conservativity_figures(
+            sides.compiled, tests[:1], is_conservative(built.config)
+        ),
         "memory": weight_bytes(built.graphs["fold_integers"]),
     }
     if subject.rotates:

@@ -81,6 +81,13 @@ def quantize(
     output: _Output,
     scheme: Annotated[str, typer.Option("--scheme", "-s", help=", ".join(PRESETS))] = DEFAULT_SCHEME,
     backend: _Backend = "tvm",
+    max_force_error: Annotated[
+        float | None,
+        typer.Option(
+            help="Add bits to the scheme's until the mean force error is at most this, meV/Å; auto needs it.",
+            show_default=False,
+        ),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a node has no kernel.")] = False,
     frames: _Frames = _FRAMES,
     json_path: _Json = None,
@@ -91,7 +98,15 @@ def quantize(
     _check_writable(output, json_path)
     read = _read_structures(structures, frames)
     live = _stderr().is_terminal
-    potential = compile_model(model, read, scheme, backend=backend, strict=strict, progress=live)
+    potential = compile_model(
+        model,
+        read,
+        scheme,
+        max_force_error=max_force_error,
+        backend=backend,
+        strict=strict,
+        progress=live,
+    )
     path = potential.save(output)
     _hand_over(potential.report, json_path)
     _stdout().print(f"wrote {escape(str(path))} ({path.stat().st_size / 1024:.0f} KiB)", highlight=False)

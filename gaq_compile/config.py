@@ -18,23 +18,25 @@ from typing import Any, Literal
 
 from .errors import ConfigError
 
-VERSION = 2
+VERSION = 3
 
 # Weights of 8 bits and float activations keep the energy smooth, so the forces stay its gradient;
 # any rounded activation makes the energy piecewise constant and is therefore a choice, not a default.
 DEFAULT_SCHEME = "w8"
+AUTO = "auto"
 
 OBSERVERS = ("minmax", "percentile", "mse")
-GRANULARITIES = ("channel", "block")
+GRANULARITIES = ("channel", "block", "tensor")
 ROUNDINGS = ("second-order", "nearest")
 WEIGHT_BITS = (4, 8, 16)
 WIDE_SHARE = 0.1  # of the multiplications, for 8-bit activations (docs/numerics.md)
 # Of float32's bytes; all weights at 4 (8) bits take 0.13 (0.26) with their scales. The rest goes to the
-# layers that suffer most: species embeddings get 16 bits, others 8.
+# layers that suffer most, species embeddings first.
 WEIGHT_SHARES = {4: 0.148, 8: 0.268}
 
-_ACTIVATION = re.compile(r"s(\d{1,2}) (?:c(\d{1,2})|m(\d{1,2})(?:d(\d{1,2})|exact))( common)?")
-_ACTIVATION_FIX = "write e.g. 's8 m8d8', 's8 c8', 's16 m16d16' or 's8 m8exact'"
+_ACTIVATION = re.compile(r"s(\d{1,2}) (?:c(\d{1,2})|m(\d{1,2})(?:([dk])(\d{1,2})|exact))( common)?")
+_ACTIVATION_FIX = "write e.g. 's8 m8d8', 's8 c8', 's16 m16d16', 's8 m8exact' or 's8 m8k8'"
+_LETTERS = {"mddq": "d", "svq": "k"}
 _OPERAND_MAX = 32767  # vector operands are 16-bit integers
 
 
@@ -45,9 +47,11 @@ class ActivationScheme:
     Args:
         scalar_bits: bits of an l = 0 value, symmetric, 2 to 16.
         vector: how a block of l >= 1 is held: ``"mddq"`` (magnitude times grid direction),
-            ``"exact"`` (integer magnitude, float direction) or ``"component"`` (geometry ignored).
+            ``"exact"`` (integer magnitude, float direction), ``"component"`` (geometry ignored) or
+            ``"svq"`` (magnitude times one of a few learned directions).
         vector_bits: bits of the magnitude, or of each component, 2 to 16.
-        direction_bits: bits of a direction's component, 4 to 16; 0 unless ``vector`` is "mddq".
+        direction_bits: of "mddq", bits of a direction's component, 4 to 16; of "svq", bits of a
+            whole direction, 4 to 12; 0 for others.
         common: whether the channels of a block, each with a step of its own, come on one common
             grid of 16 bits before they are multiplied, so that weights need not hold the steps.
 
@@ -56,26 +60,26 @@ class ActivationScheme:
     """
 
     scalar_bits: int
-    vector: Literal["mddq", "exact", "component"]
+    vector: Literal["mddq", "exact", "component", "svq"]
     vector_bits: int
     direction_bits: int = 0
     common: bool = False
 
     def __post_init__(self) -> None:
-        known = self.vector in ("mddq", "exact", "component")
         # Below 4 direction bits the grid of a high degree could round a direction to zero.
-        direction = 4 <= self.direction_bits <= 16 if self.vector == "mddq" else self.direction_bits == 0
-        if not (known and direction and 2 <= self.scalar_bits <= 16 and 2 <= self.vector_bits <= 16):
+        known = {"mddq": range(4, 17), "svq": range(4, 13), "exact": (0,), "component": (0,)}
+        direction = self.direction_bits in known.get(self.vector, ())
+        if not (direction and 2 <= self.scalar_bits <= 16 and 2 <= self.vector_bits <= 16):
             raise ConfigError(
                 "an activation scheme needs 2-16 bits per scalar, magnitude or component and "
-                "4-16 bits per direction component",
+                "4-16 bits per direction component (4-12 per learned direction)",
                 where=repr(self),
                 fix=_ACTIVATION_FIX,
             )
 
     def fraction_bits(self, l: int) -> int:
         """f: an operand comes in units of ``2**-f`` of the step (of a block's largest, if common)."""
-        if l and self.vector == "mddq":
+        if l and self.vector in ("mddq", "svq"):
             return max(0, 15 - self.vector_bits)
         if self.common and not (l and self.vector == "exact"):
             return 16 - (self.vector_bits if l else self.scalar_bits)
@@ -102,7 +106,7 @@ class ActivationScheme:
         end = " common" if self.common else ""
         if self.vector == "component":
             return f"s{self.scalar_bits} c{self.vector_bits}{end}"
-        tail = "exact" if self.vector == "exact" else f"d{self.direction_bits}"
+        tail = "exact" if self.vector == "exact" else f"{_LETTERS[self.vector]}{self.direction_bits}"
         return f"s{self.scalar_bits} m{self.vector_bits}{tail}{end}"
 
 
@@ -119,12 +123,13 @@ def activation_scheme(text: str) -> ActivationScheme:
     match = _ACTIVATION.fullmatch(text)
     if match is None:
         raise ConfigError(f"unknown activation scheme {text!r}", fix=_ACTIVATION_FIX)
-    scalar, component, magnitude, direction, end = match.groups()
+    scalar, component, magnitude, letter, direction, end = match.groups()
     common = end is not None
     if component:
         return ActivationScheme(int(scalar), "component", int(component), common=common)
     if direction:
-        return ActivationScheme(int(scalar), "mddq", int(magnitude), int(direction), common)
+        kind: Literal["mddq", "svq"] = "mddq" if letter == "d" else "svq"
+        return ActivationScheme(int(scalar), kind, int(magnitude), int(direction), common)
     return ActivationScheme(int(scalar), "exact", int(magnitude), common=common)
 
 
@@ -182,15 +187,21 @@ class QuantConfig:
         weight_bits: 16, 8, 4 or None for float32.
         activation: an activation scheme such as "s8 m8d8", or None for float32.
         observer: "minmax", "percentile" or "mse".
-        granularity: what has an activation step of its own: every "channel" or every "block" of irreps.
+        granularity: what has an activation step of its own: every "channel", every "block" of irreps,
+            or the whole "tensor" (then also a layer's weights, where they are rounded to nearest).
+        percentile: of the features that "percentile" lets a step reach; in (0, 100].
         headroom: factor >= 1 on the range that "minmax" saw: a value beyond the calibrated
             range is clipped, which is a silent error.
         rounding: how weights become integers: "second-order" (together, against what the energy
             and the forces feel of each error) or "nearest" (one by one).
-        max_weight_share: if given, the layers that suffer most from fewer bits get 8, and species
-            embeddings 16, as long as all weights take at most this share of their float32 bytes.
+        max_weight_share: if given, the layers that suffer most from fewer bits get 8 (and with float
+            inputs, such as species, 16), as long as all weights take at most this share of their
+            float32 bytes.
         max_wide_share: if given, the activations that cost most per multiplication get 16 bits, as
             long as these take at most this share of the multiplications.
+        max_force_error: if given, bits are added to the scheme's, as few bytes as possible, until
+            the measured force error is at most this (meV/Å, mean absolute error of a component);
+            what was chosen then stands in ``max_weight_share`` and ``max_wide_share``.
         overrides: per-layer precision; the last matching pattern wins.
         version: the version of this format.
 
@@ -203,10 +214,12 @@ class QuantConfig:
     activation: str | None = None
     observer: str = "minmax"
     granularity: str = "channel"
+    percentile: float = 99.99
     headroom: float = 1.1
     rounding: str = "second-order"
     max_weight_share: float | None = None
     max_wide_share: float | None = None
+    max_force_error: float | None = None
     overrides: tuple[Override, ...] = ()
     version: int = VERSION
 
@@ -235,10 +248,19 @@ class QuantConfig:
                 where=where,
                 fix=f"use one of {', '.join(GRANULARITIES)}",
             )
-        for name in ("max_weight_share", "max_wide_share"):
-            share = getattr(self, name)
-            if share is not None and not (type(share) in (int, float) and 0.0 < share < math.inf):
-                raise ConfigError(f"{name} must be a positive number or None, not {share!r}", where=where)
+        for name in ("max_weight_share", "max_wide_share", "max_force_error"):
+            limit = getattr(self, name)
+            if limit is not None and not (type(limit) in (int, float) and 0.0 < limit < math.inf):
+                raise ConfigError(f"{name} must be a positive number or None, not {limit!r}", where=where)
+        if self.max_force_error is not None and not self.rounds_together:
+            raise ConfigError(
+                "a force error can be kept only where weights are rounded against it",
+                where=where,
+                fix="use 'auto', or leave max_force_error out",
+            )
+        share = self.percentile
+        if not (type(share) in (int, float) and 0.0 < share <= 100.0):
+            raise ConfigError(f"percentile must be above 0 and at most 100, not {share!r}", where=where)
         number = isinstance(self.headroom, int | float) and not isinstance(self.headroom, bool)
         if not (number and 1.0 <= self.headroom < math.inf):
             raise ConfigError(
@@ -315,17 +337,39 @@ class QuantConfig:
         return cls(**{**values, "overrides": tuple(overrides)})
 
 
+# What others do, in the same code, to be compared with: weights to nearest, no wide layers.
+BASELINES: dict[str, dict[str, Any]] = {
+    "naive": {"activation": "s8 c8", "granularity": "block"},
+    "naive-tensor": {"activation": "s8 c8", "granularity": "tensor"},
+    "naive-channel": {"activation": "s8 c8", "granularity": "channel"},
+    # the ranges of Degree-Quant: percentiles, so that a few atoms with many neighbours do not set them
+    # (S. A. Tailor et al., ICLR 2021)
+    "degree": {
+        "activation": "s8 c8",
+        "granularity": "tensor",
+        "observer": "percentile",
+        "percentile": 99.9,
+    },
+    # spherical k-means: 256 learned directions
+    "svq": {"activation": "s8 m8k8", "granularity": "block"},
+}
+
 PRESETS: dict[str, LayerConfig] = {
     "fp32": LayerConfig(None, None),
     "w8": LayerConfig(8, None),
     "w4": LayerConfig(4, None),
+    AUTO: LayerConfig(4, None),
     "w8a16": LayerConfig(8, "s16 m16d16"),
     "w4a16": LayerConfig(4, "s16 m16d16"),
     "w8a8": LayerConfig(8, "s8 m8d8"),
     "w4a8": LayerConfig(4, "s8 m8d8"),
     "exact-w8a8": LayerConfig(8, "s8 m8exact"),
     "exact-w4a8": LayerConfig(4, "s8 m8exact"),
-    "naive-w8a8": LayerConfig(8, "s8 c8"),
+    **{
+        f"{kind}-w{bits}a8": LayerConfig(bits, b["activation"])
+        for kind, b in BASELINES.items()
+        for bits in (8, 4)
+    },
 }
 
 
@@ -340,7 +384,12 @@ def preset(name: str) -> QuantConfig:
     w8a16, w4a16            8, 4         scalars 16, magnitude 16, direction 16 bits
     w8a8, w4a8              8, 4         scalars 8, magnitude 8, direction 8 bits
     exact-w8a8, exact-w4a8  8, 4         scalars 8, magnitude 8 bits, float direction
-    naive-w8a8              8            8 bits per component, geometry ignored
+    naive-w8a8, -w4a8       8, 4         8 bits per component, geometry ignored; steps per block
+    naive-tensor-w8a8, ..   8, 4         the same, one step per tensor
+    naive-channel-w8a8, ..  8, 4         the same, a step per channel
+    degree-w8a8, ..         8, 4         the same, one step per tensor by Degree-Quant's percentiles
+    svq-w8a8, ..            8, 4         scalars 8, magnitude 8, one of 256 k-means directions
+    auto                    4 or more    float32; weights as a force error asks for
     ======================  ===========  ==========================================
 
     Raises:
@@ -349,20 +398,22 @@ def preset(name: str) -> QuantConfig:
     layer = PRESETS.get(name)
     if layer is None:
         raise ConfigError(f"unknown scheme {name!r}", fix=f"use one of {', '.join(PRESETS)}")
-    naive = name.startswith("naive")
+    baseline = BASELINES.get(name.rpartition("-")[0])
+    if baseline is not None:
+        return QuantConfig(name, layer.weight_bits, rounding="nearest", **baseline)
     return QuantConfig(
         name,
         layer.weight_bits,
         layer.activation,
-        granularity="block" if naive else "channel",
-        rounding="nearest" if naive else "second-order",
-        max_weight_share=None if naive else WEIGHT_SHARES.get(layer.weight_bits or 0),
-        max_wide_share=WIDE_SHARE if name.endswith("a8") and not naive else None,
+        max_weight_share=WEIGHT_SHARES.get(layer.weight_bits or 0),
+        max_wide_share=WIDE_SHARE if name.endswith("a8") else None,
     )
 
 
 def resolve(
-    scheme: str | QuantConfig, overrides: Mapping[str, str | Mapping[str, Any]] | None = None
+    scheme: str | QuantConfig,
+    overrides: Mapping[str, str | Mapping[str, Any]] | None = None,
+    max_force_error: float | None = None,
 ) -> QuantConfig:
     """A user's arguments as one configuration.
 
@@ -371,9 +422,10 @@ def resolve(
         overrides: layer-name pattern -> preset name, or ``{"weight_bits": .., "activation": ..}``
             where a missing key keeps the scheme's own value. Later entries win over earlier ones
             and over those that ``scheme`` already has.
+        max_force_error: the force error to keep, meV/Å; "auto" needs one.
 
     Raises:
-        ConfigError: for an unknown scheme, key or value.
+        ConfigError: for an unknown scheme, key or value, or "auto" without a force error.
     """
     if not isinstance(scheme, str | QuantConfig):
         raise ConfigError(
@@ -382,7 +434,12 @@ def resolve(
         )
     config = preset(scheme) if isinstance(scheme, str) else scheme
     added = tuple(_override(config, pattern, value) for pattern, value in (overrides or {}).items())
-    return replace(config, overrides=config.overrides + added)
+    most = config.max_force_error if max_force_error is None else max_force_error
+    if config.scheme == AUTO and most is None:
+        raise ConfigError(
+            f"{AUTO!r} chooses bits for a force error, and none is given", fix="max_force_error=5.0 (meV/Å)"
+        )
+    return replace(config, overrides=config.overrides + added, max_force_error=most)
 
 
 def is_conservative(config: QuantConfig) -> bool:

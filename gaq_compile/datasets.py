@@ -1,4 +1,4 @@
-"""Structures that come with the package: frames of two molecules, with reference energies and forces."""
+"""Structures that come with the package: frames of four molecules, with reference energies and forces."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ase import Atoms
 
 from .errors import ConfigError
 
-EXAMPLES = ("azobenzene", "ethanol")
+EXAMPLES = ("azobenzene", "ethanol", "aspirin", "paracetamol")
 
 
 def example_structures(name: str) -> list[Atoms]:
@@ -19,7 +19,7 @@ def example_structures(name: str) -> list[Atoms]:
     single-point calculator, and its ``info["rmd17_index"]``.
 
     Args:
-        name: "azobenzene" (24 atoms) or "ethanol" (9 atoms).
+        name: "azobenzene" (24 atoms), "ethanol" (9), "aspirin" (21) or "paracetamol" (20).
 
     Raises:
         ConfigError: for another name.

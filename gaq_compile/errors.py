@@ -64,3 +64,7 @@ class MissingPackageError(GaqError, ImportError):
 
 class CalibrationWarning(UserWarning):
     """A structure with elements or surroundings that calibration has not seen."""
+
+
+class AccuracyWarning(UserWarning):
+    """A result that misses the accuracy that was asked for."""

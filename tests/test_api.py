@@ -15,9 +15,11 @@ from e3nn import o3
 from torch import nn
 
 import gaq_compile
+from gaq_compile import api
 from gaq_compile.capture.pretrained import load_model
 from gaq_compile.config import PRESETS
 from gaq_compile.errors import (
+    AccuracyWarning,
     CaptureError,
     ConfigError,
     GaqError,
@@ -95,6 +97,24 @@ def sevennet():
 
 
 # --- a model of one's own -----------------------------------------------------------------------
+
+
+def test_an_error_that_is_missed_on_other_structures_is_told(small):
+    """Bits are chosen on some structures and the result is measured on others."""
+    example = list(_example(6).values())
+    plain = gaq_compile.quantize(small, example, "w4", **QUIET).report.accuracy["force_mae_mev_per_a"]
+    potential = gaq_compile.quantize(small, example, "auto", max_force_error=0.5 * plain, **QUIET)
+    assert potential.report.choice["force_mae_mev_per_a"] <= 0.5 * plain
+    assert potential.report.accuracy["force_mae_mev_per_a"] < plain
+    assert potential.config.max_force_error == 0.5 * plain
+    api._warn_if_missed(potential.report, 2 * plain)
+    with pytest.warns(AccuracyWarning, match="not used to choose"):
+        api._warn_if_missed(potential.report, 1e-6)
+
+
+def test_auto_wants_to_know_the_force_error(small):
+    with pytest.raises(ConfigError, match="none is given"):
+        gaq_compile.quantize(small, list(_example(6).values()), "auto", **QUIET)
 
 
 def test_report_and_stages(potential):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gaq_compile import config as config_module
 from gaq_compile.config import (
+    BASELINES,
     DEFAULT_SCHEME,
     GRANULARITIES,
     OBSERVERS,
@@ -126,7 +127,7 @@ def test_config_round_trips_through_json(config: QuantConfig) -> None:
     "change",
     [
         {"version": 1},
-        {"version": 3},
+        {"version": 2},
         {"version": True},
         {"version": None},
         {"extra": 1},
@@ -137,7 +138,12 @@ def test_config_round_trips_through_json(config: QuantConfig) -> None:
         {"activation": 8},
         {"observer": "guess"},
         {"observer": ["minmax"]},
-        {"granularity": "tensor"},
+        {"granularity": "layer"},
+        {"percentile": 0.0},
+        {"percentile": 101},
+        {"max_force_error": -1.0},
+        {"max_force_error": "5"},
+        {"max_force_error": 5.0, "rounding": "nearest"},
         {"granularity": None},
         {"granularity": ["channel"]},
         {"headroom": 0.9},
@@ -171,7 +177,6 @@ def test_text_that_is_no_configuration_is_refused(text: str) -> None:
         ("w4", 4, None),
         ("w8a8", 8, "s8 m8d8"),
         ("w4a8", 4, "s8 m8d8"),
-        ("naive-w8a8", 8, "s8 c8"),
         ("w8a16", 8, "s16 m16d16"),
         ("w4a16", 4, "s16 m16d16"),
         ("exact-w8a8", 8, "s8 m8exact"),
@@ -180,31 +185,53 @@ def test_text_that_is_no_configuration_is_refused(text: str) -> None:
 )
 def test_presets(name: str, weight_bits: int | None, activation: str | None) -> None:
     config = preset(name)
-    rounding = "nearest" if name == "naive-w8a8" else "second-order"
-    share = None if name == "naive-w8a8" else WEIGHT_SHARES.get(weight_bits or 0)
-    granularity = "block" if name == "naive-w8a8" else "channel"
     assert config == QuantConfig(
         name,
         weight_bits,
         activation,
-        "minmax",
-        granularity,
-        1.1,
-        rounding,
-        max_weight_share=share,
-        max_wide_share=WIDE_SHARE if name.endswith("a8") and name != "naive-w8a8" else None,
+        max_weight_share=WEIGHT_SHARES.get(weight_bits or 0),
+        max_wide_share=WIDE_SHARE if name.endswith("a8") else None,
     )
-    assert config.rounds_together == (weight_bits is not None and name != "naive-w8a8")
+    assert (config.observer, config.granularity, config.headroom) == ("minmax", "channel", 1.1)
+    assert config.rounds_together == (weight_bits is not None)
     assert rounds_only_invariants(config) == name.startswith("exact")
     assert config.for_layer("any.layer") == LayerConfig(weight_bits, activation)
     assert is_conservative(config) == (name in ("fp32", "w8", "w4"))
     assert name in PRESETS
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", BASELINES)
+def test_baselines_round_to_nearest(kind: str, bits: int) -> None:
+    config = preset(f"{kind}-w{bits}a8")
+    assert (config.weight_bits, config.rounding) == (bits, "nearest")
+    assert config.max_weight_share is None and config.max_wide_share is None and not config.weighs_errors
+    assert activation_scheme(config.activation or "").vector == ("svq" if kind == "svq" else "component")
+    assert config.granularity == {"naive-channel": "channel", "naive": "block", "svq": "block"}.get(
+        kind, "tensor"
+    )
+    assert (config.observer == "percentile") == (kind == "degree")
+    assert QuantConfig.from_json(config.to_json()) == config and not rounds_only_invariants(config)
+
+
+def test_auto_needs_a_force_error_to_keep() -> None:
+    with pytest.raises(ConfigError, match="force error") as caught:
+        resolve("auto")
+    assert "max_force_error" in caught.value.fix
+    config = resolve("auto", max_force_error=5.0)
+    assert (config.weight_bits, config.activation, config.max_force_error) == (4, None, 5.0)
+    assert is_conservative(config) and QuantConfig.from_json(config.to_json()) == config
+    assert resolve(config) == config and resolve(config, max_force_error=2).max_force_error == 2
+    with pytest.raises(ConfigError, match="rounded against"):
+        resolve("fp32", max_force_error=5.0)
+    with pytest.raises(ConfigError, match="rounded against"):
+        resolve("naive-w8a8", max_force_error=5.0)
+
+
 def test_configurations_of_the_first_version_are_refused() -> None:
     """They say nothing of the granularity, and their steps were one per block."""
     data = json.loads(preset("w8a8").to_json())
-    assert data["version"] == 2 and data["granularity"] == "channel"
+    assert data["version"] == 3 and data["granularity"] == "channel"
     del data["granularity"]
     with pytest.raises(ConfigError, match="version"):
         QuantConfig.from_json(json.dumps(data | {"version": 1}))

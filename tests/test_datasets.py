@@ -8,7 +8,12 @@ import pytest
 from gaq_compile.datasets import EXAMPLES, example_structures
 from gaq_compile.errors import ConfigError
 
-SIZES = {"azobenzene": (24, "C12H10N2"), "ethanol": (9, "C2H6O")}
+SIZES = {
+    "azobenzene": (24, "C12H10N2"),
+    "ethanol": (9, "C2H6O"),
+    "aspirin": (21, "C9H8O4"),
+    "paracetamol": (20, "C8H9NO2"),
+}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -7,6 +7,8 @@ static step per channel. All roundings are half to even. With ``s`` a channel's 
   ``xhat = s X``.
 * ``"mddq"``, per channel vector v of 2l+1 components: ``m = |v|``, ``q = clamp(round(m/s), 0, qmax)``,
   ``n_c = round(v_c (B/m))``, ``X_c = round(n_c (q 2^f / |n|))``, ``xhat_c = s 2^-f X_c``; 0 where q = 0.
+* ``"svq"``: the same with ``X_c = round(q 2^f k_c)``, k the nearest of ``2^K`` unit vectors that
+  k-means found (:func:`learned_directions`).
 * ``"exact"``: ``xhat_c = v_c (s q / m)``: an integer magnitude with a float direction.
 
 The channels of a block, each with its step, are added up in integers. Either the weights hold the
@@ -21,6 +23,7 @@ within float32 rounding of a tie. NaN stays NaN.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import overload
 
 import torch
@@ -31,6 +34,7 @@ from ..errors import IrrepsError
 from ..ir.layout import Block, blocks, channels, dim, simplified
 from .codebooks import IntegerGrid, norm
 from .magnitudes import linear_codes
+from .sphere import LearnedDirections
 
 __all__ = [
     "ActivationScheme",
@@ -38,8 +42,12 @@ __all__ = [
     "activation_scheme",
     "fake_quantize",
     "fake_quantize_backward",
+    "learned_directions",
     "quantize_block",
 ]
+
+
+SAMPLES = 64  # per direction that k-means learns
 
 
 def activation_blocks(irreps: str) -> tuple[Block, ...]:
@@ -134,6 +142,20 @@ def fake_quantize_backward(
     return _by_block((grad, x), scale, irreps, block)
 
 
+@lru_cache(maxsize=32)
+def learned_directions(l: int, code_bits: int) -> LearnedDirections:
+    """The k-means directions of a degree: learned from random ones, as structures come in any orientation.
+
+    Args:
+        l: the degree, >= 1.
+        code_bits: ``2^code_bits`` directions.
+    """
+    samples = torch.randn(
+        2 * l + 1, SAMPLES << code_bits, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    return LearnedDirections.fit(samples, code_bits)
+
+
 @overload
 def _unit(scale: float, scheme: ActivationScheme) -> float: ...
 @overload
@@ -154,6 +176,9 @@ def _operand(v: Tensor, l: int, scale: Tensor | float, scheme: ActivationScheme)
     q = linear_codes(m, scale, qmax)
     if scheme.vector == "exact":
         operand = v * (q * fine / m)
+    elif scheme.vector == "svq":
+        book = learned_directions(l, scheme.direction_bits)
+        operand = torch.round(book.decode(book.encode(v, m), v.dtype) * (q * fine))
     else:
         n = IntegerGrid(l, scheme.direction_bits).encode(v, m)
         operand = torch.round(n * (q * fine / norm(n)))

@@ -3,10 +3,10 @@
 An observer is a frozen setting; ``start()`` gives it a small state that accumulates over batches.
 What is observed is the *feature* that the scheme rounds: ``|x|`` for scalars and for blocks held by
 component, the vector's magnitude ``|v|`` for the others. ``scale()`` then gives one step per
-channel. With granularity ``"block"`` all channels of a block of the simplified irreps share theirs;
-with ``"channel"`` each has its own, but none below ``FLOOR`` times the largest of its block: a channel
-that was small on a few examples may grow, and beyond its range it is clipped. A block that was never
-seen nonzero gets step 1.
+channel. With granularity ``"tensor"`` all channels share a range, with ``"block"`` those of a block of the
+simplified irreps; with ``"channel"`` each has its own, but none below ``FLOOR`` times the largest of its
+block: a channel that was small on a few examples may grow, and beyond its range it is clipped. A block
+that was never seen nonzero gets step 1.
 """
 
 from __future__ import annotations
@@ -82,12 +82,13 @@ FLOOR = 0.1  # of the largest range of a block; below that a finer step gains no
 LEAST = 256  # features of a channel that a reservoir keeps at least
 
 
-def make_observer(name: str, headroom: float = 1.1) -> Observer:
+def make_observer(name: str, headroom: float = 1.1, percentile: float = 99.99) -> Observer:
     """The observer that a :class:`~gaq_compile.config.QuantConfig` names.
 
     Args:
         name: "minmax", "percentile" or "mse".
         headroom: of "minmax"; the others choose to clip and ignore it.
+        percentile: of "percentile".
 
     Raises:
         ConfigError: for another name.
@@ -95,7 +96,7 @@ def make_observer(name: str, headroom: float = 1.1) -> Observer:
     if name == "minmax":
         return MinMax(headroom)
     if name == "percentile":
-        return Percentile()
+        return Percentile(percentile)
     if name == "mse":
         return MeanSquare()
     raise ConfigError(f"unknown observer {name!r}", fix="use one of minmax, percentile, mse")
@@ -135,7 +136,8 @@ def steps(ranges: Tensor, qmax: int) -> Tensor:
 class ObserverState(ABC):
     """What an observer has seen so far of one tensor of the graph.
 
-    Every block has *columns*, each with a range of its own: its channels, or all of them as one.
+    Every block has *columns*, each with a range of its own: its channels, or all of them as one. For one
+    range in all, the whole tensor is one block of one column.
     """
 
     def __init__(self, granularity: str) -> None:
@@ -143,7 +145,7 @@ class ObserverState(ABC):
             raise ConfigError(
                 f"unknown granularity {granularity!r}", fix=f"use one of {', '.join(GRANULARITIES)}"
             )
-        self._by_channel = granularity == "channel"
+        self._granularity = granularity
         self._tag: tuple[str, ActivationScheme] | None = None
         self._largest: list[Tensor] = []
 
@@ -160,8 +162,10 @@ class ObserverState(ABC):
             GaqError: if x holds NaN or infinities.
         """
         seen = features(x.detach(), irreps, scheme)
-        if not self._by_channel:
+        if self._granularity == "block":
             seen = [values.reshape(-1, 1) for values in seen]
+        elif self._granularity == "tensor":
+            seen = [torch.cat([values.reshape(-1, 1) for values in seen])] if seen else []
         if self._tag is None:
             self._tag = (irreps, scheme)
             self._largest = [torch.zeros(values.shape[1], dtype=torch.float64) for values in seen]
@@ -195,7 +199,7 @@ class ObserverState(ABC):
         irreps, scheme = self._tag
         parts = []
         for b, block in enumerate(activation_blocks(irreps)):
-            ranges = self._ranges(b, scheme.qmax(block.l))
+            ranges = self._ranges(0 if self._granularity == "tensor" else b, scheme.qmax(block.l))
             ranges = ranges.clamp(min=FLOOR * float(ranges.max()))
             parts.append(steps(ranges, scheme.qmax(block.l)).expand(block.mul))
         return torch.cat(parts) if parts else torch.zeros(0)

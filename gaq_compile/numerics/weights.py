@@ -23,7 +23,9 @@ _CLIPPING = tuple(1.0 - 0.025 * k for k in range(21))
 TINY = 1e-30  # a column this small is zero in float32 arithmetic; its step would be subnormal
 
 
-def quantize_weight(weight: Tensor, spec: LinearSpec, bits: int) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight: Tensor, spec: LinearSpec, bits: int, *, whole: bool = False
+) -> tuple[Tensor, Tensor]:
     """Round a linear's weights to integers, symmetric per path and output channel.
 
     8 bits: ``scale = max|W[:, w]| / 127``, and 16 alike. 4 bits: the scale among a few clipping ratios of
@@ -33,6 +35,7 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, bits: int) -> tuple[Tensor
         weight: (spec.weight_numel,) float.
         spec: the linear.
         bits: 16, 8 or 4.
+        whole: one scale for the whole layer, chosen as that of a column.
 
     Returns:
         Codes (spec.weight_numel,) int8 (int16 for 16 bits) in the weights' order, |C| <= 32767, 127
@@ -48,7 +51,7 @@ def quantize_weight(weight: Tensor, spec: LinearSpec, bits: int) -> tuple[Tensor
     scale = torch.empty(spec.scale_numel, dtype=torch.float32, device=weight.device)
     for path in spec.paths:
         columns = weight.detach()[path.offset : path.offset + path.numel].view(-1, path.block_out.mul)
-        s = column_scales(columns, bits)
+        s = column_scales(weight.detach()[:, None] if whole else columns, bits)
         codes[path.offset : path.offset + path.numel] = round_columns(columns, s, bits).flatten()
         scale[path.scale_offset : path.scale_offset + path.block_out.mul] = s
     return codes, scale

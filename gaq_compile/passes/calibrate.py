@@ -97,7 +97,7 @@ def calibrate(
         StructureError: if calibration meets NaN or infinite activations.
     """
     sites = quantization_sites(graph_module, config)
-    observer = make_observer(config.observer, config.headroom)
+    observer = make_observer(config.observer, config.headroom, config.percentile)
     states = {site.label: observer.start(_granularity(site, config)) for site in sites}
     if not sites:
         return {}
@@ -111,7 +111,8 @@ def calibrate(
 
 def _granularity(site: Site, config: QuantConfig) -> str:
     """16 bits are fine enough for a whole block, and unequal steps would make weights unequal."""
-    return config.granularity if activation_scheme(site.scheme).scalar_bits <= FEW_BITS else "block"
+    few = activation_scheme(site.scheme).scalar_bits <= FEW_BITS
+    return config.granularity if few or config.granularity == "tensor" else "block"
 
 
 class _Watcher(Interpreter):

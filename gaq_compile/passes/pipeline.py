@@ -9,18 +9,16 @@ from torch.fx import GraphModule
 
 from ..capture.graphs import GraphFormat
 from ..config import QuantConfig
-from .calibrate import calibrate, quantization_sites
 from .cancel_relayouts import cancel_relayouts
 from .derive_forces import derive_forces
 from .fold_integers import fold_integers
 from .fuse_tensor_products import fuse_tensor_products
 from .insert_mddq import insert_mddq
+from .observe import Observed
 from .round_weights import round_weights
 from .shift_energies import shift_energies
 from .simplify import simplify
 from .tag_irreps import tag_irreps
-from .weigh_channels import ChannelCosts, weigh_channels
-from .widen_activations import widen_activations
 
 Pass = Callable[[GraphModule], GraphModule]
 
@@ -42,28 +40,23 @@ def prepare(captured: GraphModule) -> dict[str, GraphModule]:
 def quantize_graph(
     prepared: GraphModule,
     config: QuantConfig,
+    observed: Observed,
     form: GraphFormat,
     example: Sequence[Tensor],
     calibration: Sequence[Sequence[Tensor]],
-    progress: bool = False,
 ) -> dict[str, GraphModule]:
     """A prepared energy graph -> integer energy and forces, ready to be lowered.
 
     Args:
         prepared: the last stage of :func:`prepare`.
         config: what to quantize and how.
+        observed: what calibration showed (:func:`.observe.observe`).
         form: the graph's inputs.
         example: inputs of a batch of at least two graphs, for tracing forces.
-        calibration: input batches that set the activation steps.
-        progress: show progress bars.
+        calibration: input batches, whose mean energies are kept.
     """
-    sites = quantization_sites(prepared, config)
-    steps = calibrate(prepared, calibration, config, progress)
-    costs = ChannelCosts()
-    if config.weighs_errors:
-        costs = weigh_channels(prepared, form, calibration, sites, progress)
-    activations = widen_activations(sites, steps, costs, config.max_wide_share)
-    weights = round_weights(prepared, config, costs, activations)
+    activations = observed.activations(config.max_wide_share)
+    weights = round_weights(prepared, config, observed.costs, activations)
     quantized = insert_mddq(prepared, config, activations, weights)
     if weights or activations:
         quantized = shift_energies(quantized, prepared, form, calibration)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..config import QuantConfig
+from ..config import WEIGHT_BITS, QuantConfig
 from ..ir.specs import LinearSpec, linear_spec
 from ..numerics.second_order import (
     bias_correction,
@@ -18,13 +18,12 @@ from ..numerics.second_order import (
     without_mean,
 )
 from ..numerics.weights import dequantize_weight, quantize_weight, weight_bytes, with_steps
-from .calibrate import is_one_hot
 from .graph_tools import attribute, calls, gaq
 from .weigh_channels import ChannelCosts
 from .widen_activations import RoundedSite
 
 WIDER = 8  # bits of a layer that suffers most from fewer
-TABLE = 16  # bits of species embeddings: rows are looked up, not summed, so nothing makes up for rounding
+WIDEST = 16  # where activations stay in float; species embeddings (their input is one-hot) need it most
 
 
 @dataclass(frozen=True)
@@ -66,22 +65,82 @@ def round_weights(
         activations: the layers' quantized inputs (:func:`.widen_activations.widen_activations`).
             Weights of 8 bits hold their steps; in 15 levels, rows that steps make unequal would not fit.
     """
-    steps = {label: site.steps for label, site in (activations or {}).items()}
-    layers = _layers(graph_module, config)
-    if config.rounding == "nearest":
-        costs = ChannelCosts()
-    found = {
-        k: _rounded(k, layer.weight, layer.spec, costs, steps.get(k), layer.bits[0])
-        for k, layer in layers.items()
-    }
-    if config.max_weight_share is not None:
-        left = config.max_weight_share * sum(weight_bytes(layer.spec, None) for layer in layers.values())
-        left -= sum(weight_bytes(layer.spec, layer.bits[0]) for layer in layers.values())
-        while (label := _dearest(found, layers, left)) is not None:
-            spec, bits = layers[label].spec, _wider(found[label], layers[label])
-            left -= weight_bytes(spec, bits) - weight_bytes(spec, found[label].bits)
-            found[label] = _rounded(label, layers[label].weight, spec, costs, steps.get(label), bits)
-    return found
+    return Rounder(graph_module, config, costs, activations).within(config.max_weight_share)
+
+
+class Rounder:
+    """Rounds weights on demand, every layer at every width once; arguments as :func:`round_weights`."""
+
+    def __init__(
+        self,
+        graph_module: GraphModule,
+        config: QuantConfig,
+        costs: ChannelCosts,
+        activations: Mapping[str, RoundedSite] | None = None,
+    ) -> None:
+        self._whole = config.granularity == "tensor"
+        self._costs = ChannelCosts() if config.rounding == "nearest" else costs
+        self._steps = {label: site.steps for label, site in (activations or {}).items()}
+        self._layers = _layers(graph_module, config, self._steps)
+        self._known: dict[tuple[str, int], RoundedWeight] = {}
+
+    def within(self, max_share: float | None) -> dict[str, RoundedWeight]:
+        """Integer weights by label: of the first widths, then wider where it helps most per byte.
+
+        Args:
+            max_share: of their float32 bytes, what all weights may take; None widens nothing.
+        """
+        found = {label: self._rounded(label, layer.bits[0]) for label, layer in self._layers.items()}
+        if max_share is None:
+            return found
+        left = max_share * self.float_bytes - self.bytes_of(found)
+        while (label := self._dearest(found, left)) is not None:
+            before = found[label]
+            found[label] = self._rounded(label, self._wider(label, before))
+            left -= self._bytes(label, found[label].bits) - self._bytes(label, before.bits)
+        return found
+
+    def shares(self) -> list[float]:
+        """The shares at which :meth:`within` changes, ascending: one layer wider at each."""
+        found, left = self.within(None), float("inf")
+        shares = [self.bytes_of(found) / self.float_bytes] if found else []
+        while (label := self._dearest(found, left)) is not None:
+            found[label] = self._rounded(label, self._wider(label, found[label]))
+            shares.append(self.bytes_of(found) / self.float_bytes)
+        # half a byte more, lest the last layer be lost to float rounding
+        return [share + 0.5 / self.float_bytes for share in shares]
+
+    def bytes_of(self, weights: Mapping[str, RoundedWeight]) -> int:
+        """What integer weights take in a file."""
+        return sum(self._bytes(label, weight.bits) for label, weight in weights.items())
+
+    @property
+    def float_bytes(self) -> int:
+        """What the same weights take in float32."""
+        return sum(weight_bytes(layer.spec, None) for layer in self._layers.values())
+
+    def _bytes(self, label: str, bits: int) -> int:
+        return weight_bytes(self._layers[label].spec, bits)
+
+    def _dearest(self, found: Mapping[str, RoundedWeight], left: float) -> str | None:
+        """The layer that costs most per byte that more bits would take, of those that fit."""
+        best, worth = None, 0.0
+        for label, rounded in found.items():
+            growth = self._bytes(label, self._wider(label, rounded)) - self._bytes(label, rounded.bits)
+            if 0 < growth <= left and rounded.error / growth > worth:
+                best, worth = label, rounded.error / growth
+        return best
+
+    def _wider(self, label: str, rounded: RoundedWeight) -> int:
+        return next((bits for bits in self._layers[label].bits if bits > rounded.bits), rounded.bits)
+
+    def _rounded(self, label: str, bits: int) -> RoundedWeight:
+        if (label, bits) not in self._known:
+            layer = self._layers[label]
+            self._known[label, bits] = _rounded(
+                label, layer.weight, layer.spec, self._costs, self._steps.get(label), bits, self._whole
+            )
+        return self._known[label, bits]
 
 
 @dataclass(frozen=True)
@@ -93,43 +152,35 @@ class _Layer:
     bits: tuple[int, ...]
 
 
-def _layers(graph_module: GraphModule, config: QuantConfig) -> dict[str, _Layer]:
+def _layers(graph_module: GraphModule, config: QuantConfig, quantized: Collection[str]) -> dict[str, _Layer]:
     found = {}
     for node in calls(graph_module, gaq.irreps_linear.default):
         label, source = str(node.args[-1]), node.args[1]
         bits = config.for_layer(label).weight_bits
         if bits is None or not isinstance(source, Node) or source.op != "get_attr":
             continue  # weights computed at run time stay as they are
-        widest = TABLE if is_one_hot(node.args[0]) else WIDER
-        choice = tuple(b for b in (4, 8, 16) if bits <= b <= max(bits, widest))
+        widest = max(bits, WIDER if label in quantized else WIDEST)
+        choice = tuple(b for b in WEIGHT_BITS if bits <= b <= widest)
         weight = attribute(graph_module, source).detach()
         found[label] = _Layer(weight, linear_spec(str(node.args[3])), choice)
     return found
 
 
-def _dearest(found: Mapping[str, RoundedWeight], layers: Mapping[str, _Layer], left: float) -> str | None:
-    """The layer that costs most per byte that more bits would take, of those that fit."""
-    best, worth = None, 0.0
-    for label, rounded in found.items():
-        spec, bits = layers[label].spec, _wider(rounded, layers[label])
-        growth = weight_bytes(spec, bits) - weight_bytes(spec, rounded.bits)
-        if 0 < growth <= left and rounded.error / growth > worth:
-            best, worth = label, rounded.error / growth
-    return best
-
-
-def _wider(rounded: RoundedWeight, layer: _Layer) -> int:
-    return next((bits for bits in layer.bits if bits > rounded.bits), rounded.bits)
-
-
 def _rounded(
-    label: str, weight: Tensor, spec: LinearSpec, costs: ChannelCosts, steps: Tensor | None, bits: int
+    label: str,
+    weight: Tensor,
+    spec: LinearSpec,
+    costs: ChannelCosts,
+    steps: Tensor | None,
+    bits: int,
+    whole: bool,
 ) -> RoundedWeight:
     hessians, mean = costs.hessians.get(label), costs.means.get(label)
     held = steps if bits == WIDER else None
     meant = weight if held is None else with_steps(weight, spec, held)
-    if hessians is None or bits == TABLE:
-        return RoundedWeight(*quantize_weight(meant, spec, bits), bits, 0.0, held is not None)
+    if hessians is None or bits == WIDEST:
+        codes, scale = quantize_weight(meant, spec, bits, whole=whole)
+        return RoundedWeight(codes, scale, bits, 0.0, held is not None)
     if mean is not None:
         hessians = without_mean(hessians, mean)
     if held is not None:

@@ -89,6 +89,7 @@ def weigh_channels(
         StructureError: if calibration meets NaN or infinite activations or gradients.
     """
     found = ChannelCosts()
+    share = 1.0 / max(1, sum(len(batch[form.inputs.index(form.positions or "numbers")]) for batch in batches))
     random = torch.Generator().manual_seed(0)
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("weighing channels", total=len(batches) * (1 + 2 * DRAWS))
@@ -96,7 +97,6 @@ def weigh_channels(
             inputs = dict(zip(form.inputs, batch, strict=True))
             here = _Rows.of(graph_module, form, inputs, sites)
             bar.advance(task)
-            share = 1.0 / (_atoms(inputs, form) * len(batches))
             here.add(found, share * ENERGY_WEIGHT)
             for _ in range(DRAWS):
                 move = torch.randn(_atoms(inputs, form), 3, generator=random)

@@ -94,7 +94,7 @@ def _widened(site: RoundedSite, irreps: str) -> RoundedSite:
         narrow,
         scalar_bits=WIDE,
         vector_bits=WIDE,
-        direction_bits=WIDE if narrow.vector == "mddq" else 0,
+        direction_bits=WIDE if narrow.vector == "mddq" else narrow.direction_bits,
     )
     return RoundedSite(str(wide), _finer(site.steps, narrow, wide, irreps))
 

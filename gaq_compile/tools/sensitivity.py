@@ -14,8 +14,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from ase import Atoms
 from rich.console import Console
 from rich.progress import Progress
@@ -24,18 +22,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..api import trace
-from ..capture.graphs import GraphFormat
 from ..config import Override, QuantConfig, resolve
 from ..errors import ConfigError
 from ..ir.specs import linear_spec
 from ..numerics.weights import weight_bytes
-from ..passes.calibrate import calibrate, quantization_sites
-from ..passes.derive_forces import forces_and_virial
+from ..passes.evaluate import Comparison
 from ..passes.graph_tools import calls, gaq
 from ..passes.insert_mddq import insert_mddq
+from ..passes.observe import Observed, observe
 from ..passes.round_weights import round_weights
-from ..passes.weigh_channels import ChannelCosts, weigh_channels
-from ..passes.widen_activations import RoundedSite, widen_activations
+from ..passes.widen_activations import RoundedSite
 
 SHOWN = 25  # nodes in a printed table and in a plot
 
@@ -136,22 +132,22 @@ def sensitivity(
     config = resolve(scheme)
     subject, stages = trace(model, example_graph)
     prepared = stages["tag_irreps"]
-    calibration = [subject.inputs([atoms]) for atoms in subject.calibration]
-    tests = [subject.inputs([atoms]) for atoms in subject.tests]
-    variants = _Variants.of(prepared, config, subject.form, calibration, progress)
+    calibration = subject.batches(subject.calibration)
+    tests = subject.batches_alone(subject.tests)
+    observed = observe(prepared, config, subject.form, calibration, progress)
+    variants = _Variants(prepared, config, observed)
     alone = [v for v in variants.alone() if fnmatchcase(v[0], nodes)]
     if not alone:
         raise ConfigError(
             f"{config.scheme!r} quantizes no node that matches {nodes!r}",
             fix="use another scheme, or nodes='*'",
         )
-    truth = [_evaluate(prepared, subject.form, inputs) for inputs in tests]
+    comparison = Comparison(prepared, subject.form, tests)
     found = []
     with Progress(disable=not progress, transient=True) as bar:
         for label, what, bits, size, graph in bar.track(alone, description="one node at a time"):
-            errors = _errors(graph, subject.form, tests, truth)
-            found.append(NodeError(label, what, bits, *errors, size))
-    together = _errors(variants.together(), subject.form, tests, truth)[0]
+            found.append(NodeError(label, what, bits, **asdict(comparison.error(graph)), bytes=size))
+    together = comparison.error(variants.together()).force_mev_per_a
     found.sort(key=lambda node: -node.force_mev_per_a)
     return Sensitivity(subject.name, config.scheme, tuple(found), together)
 
@@ -162,22 +158,7 @@ class _Variants:
 
     prepared: GraphModule
     config: QuantConfig
-    steps: Mapping[str, Tensor]
-    costs: ChannelCosts
-
-    @staticmethod
-    def of(
-        prepared: GraphModule,
-        config: QuantConfig,
-        form: GraphFormat,
-        calibration: Sequence[Sequence[Tensor]],
-        progress: bool,
-    ) -> _Variants:
-        steps, costs = calibrate(prepared, calibration, config, progress), ChannelCosts()
-        if config.weighs_errors:
-            sites = quantization_sites(prepared, config)
-            costs = weigh_channels(prepared, form, calibration, sites, progress)
-        return _Variants(prepared, config, steps, costs)
+    observed: Observed
 
     def alone(self) -> Iterator[tuple[str, str, str, int, GraphModule]]:
         """(label, what, bits, bytes, graph) of every node, quantized alone."""
@@ -186,7 +167,7 @@ class _Variants:
             str(n.args[-1]): linear_spec(str(n.args[3]))
             for n in calls(self.prepared, gaq.irreps_linear.default)
         }
-        for label, weight in round_weights(self.prepared, self.config, self.costs).items():
+        for label, weight in round_weights(self.prepared, self.config, self.observed.costs).items():
             graph = insert_mddq(self.prepared, nothing, {}, {label: weight})
             yield label, "weights", f"s{weight.bits}", weight_bytes(specs[label], weight.bits), graph
         for label, site in self._activations().items():
@@ -195,38 +176,8 @@ class _Variants:
 
     def together(self) -> GraphModule:
         activations = self._activations()
-        weights = round_weights(self.prepared, self.config, self.costs, activations)
+        weights = round_weights(self.prepared, self.config, self.observed.costs, activations)
         return insert_mddq(self.prepared, self.config, activations, weights)
 
     def _activations(self) -> dict[str, RoundedSite]:
-        sites = quantization_sites(self.prepared, self.config)
-        return widen_activations(sites, self.steps, self.costs, self.config.max_wide_share)
-
-
-def _evaluate(graph: GraphModule, form: GraphFormat, inputs: Sequence[Tensor]) -> tuple[float, np.ndarray]:
-    """Energy (eV) and forces (n, 3) of an energy graph."""
-    named = dict(zip(form.inputs, inputs, strict=True))
-    leaves = {name: named[name].detach().requires_grad_(True) for name in form.vectors}
-    with torch.enable_grad():
-        energy = graph(*(leaves.get(name, value) for name, value in named.items())).sum()
-        slopes = torch.autograd.grad(energy, list(leaves.values()))
-    if form.positions is None:
-        forces, _ = forces_and_virial(named, dict(zip(leaves, slopes, strict=True)))
-    else:
-        forces = -slopes[0]
-    return float(energy.detach()), forces.double().numpy()
-
-
-def _errors(
-    graph: GraphModule,
-    form: GraphFormat,
-    tests: Sequence[Sequence[Tensor]],
-    truth: Sequence[tuple[float, np.ndarray]],
-) -> tuple[float, float, float]:
-    """Force error (meV/Å, and relative) and energy error (meV/atom) of a graph."""
-    found = [_evaluate(graph, form, inputs) for inputs in tests]
-    pairs = list(zip(found, truth, strict=True))
-    force = float(np.concatenate([np.abs(f - t).ravel() for (_, f), (_, t) in pairs]).mean())
-    scale = float(np.concatenate([np.abs(t).ravel() for _, t in truth]).mean())
-    energy = float(np.mean([abs(e - t) / len(f) for (e, f), (t, _) in pairs]))
-    return 1e3 * force, force / scale if scale > 0 else float("inf"), 1e3 * energy
+        return self.observed.activations(self.config.max_wide_share)

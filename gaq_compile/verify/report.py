@@ -28,6 +28,9 @@ class Report:
         atoms: atoms of the structure that time and memory were measured on.
         edges: its edges.
         placements: one entry per gaq node (see :class:`.passes.lower.Placement`).
+        choice: where bits were chosen for a force error: max_force_error_mev_per_a,
+            force_mae_mev_per_a of the choice on the structures (of so many atoms) it was made on,
+            max_weight_share, max_wide_share, and every trial; else empty.
         accuracy: against the original: energy_mev_per_atom, force_mae_mev_per_a, force_rel, and
             the same of the fusion-only form (``fp32_*``).
         equivariance: lee_force_mev_per_a, lee_energy_mev_per_atom over random rotations.
@@ -44,6 +47,7 @@ class Report:
     atoms: int
     edges: int
     placements: tuple[Placement, ...] = ()
+    choice: Mapping[str, Any] = field(default_factory=dict)
     accuracy: Mapping[str, float] = field(default_factory=dict)
     equivariance: Mapping[str, float] = field(default_factory=dict)
     conservativity: Mapping[str, Any] = field(default_factory=dict)
@@ -76,6 +80,7 @@ class Report:
                 "arithmetic": self.arithmetic,
                 "placements": [asdict(p) for p in self.placements],
             },
+            "choice": dict(self.choice),
             "accuracy": dict(self.accuracy),
             "equivariance": dict(self.equivariance),
             "conservativity": dict(self.conservativity),
@@ -131,6 +136,11 @@ def _rows(report: Report) -> list[tuple[str, str]]:
     lowered = sum(p.reason is None for p in report.placements)
     rows.append(("nodes with a kernel", f"{lowered} of {len(report.placements)}"))
     rows += [(f"  {name}", str(count)) for name, count in report.arithmetic.items()]
+    if report.choice:
+        c = report.choice
+        rows.append(("force error asked for", f"at most {c['max_force_error_mev_per_a']:g} meV/Å"))
+        tried = f"{c['force_mae_mev_per_a']:.4f} meV/Å ({len(c['trials'])} tried, {c['atoms']} atoms)"
+        rows.append(("force error where bits were chosen", tried))
     rows += _accuracy_rows(report)
     if report.speed:
         s = report.speed

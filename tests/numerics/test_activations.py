@@ -19,12 +19,13 @@ from gaq_compile.numerics.activations import (
     activation_scheme,
     fake_quantize,
     fake_quantize_backward,
+    learned_directions,
     quantize_block,
 )
 from gaq_compile.numerics.codebooks import IntegerGrid
 
 IRREPS = "4x0e+2x0o+3x1o+2x2e+1x3o"
-TEXTS = ["s8 m8d8", "s8 c8", "s16 m16d16", "s8 m8exact", "s6 m4d5"]
+TEXTS = ["s8 m8d8", "s8 c8", "s16 m16d16", "s8 m8exact", "s6 m4d5", "s8 m8k6"]
 COMMON = [f"{text} common" for text in TEXTS]
 VECTORS = st.sampled_from([3, 5, 7]).flatmap(
     lambda size: st.lists(st.floats(-1, 1), min_size=size, max_size=size)
@@ -71,6 +72,10 @@ def by_definition(v: list[float], degree: int, s: float, top: float, scheme: Act
         return [0.0 for _ in v]
     if scheme.vector == "exact":
         return [c * (s * q / m) for c in v]
+    if scheme.vector == "svq":
+        points = learned_directions(degree, scheme.direction_bits).points.tolist()
+        nearest = max(points, key=lambda p: sum(a * b for a, b in zip(p, v, strict=True)))
+        return [unit * round(q * c * (s / unit)) for c in nearest]
     n = [round(c / m * scheme.direction_levels) for c in v]
     length = math.sqrt(sum(c * c for c in n))
     return [unit * round(q * c / length * (s / unit)) for c in n]
@@ -122,7 +127,11 @@ def test_channels_of_a_block_come_on_one_grid(text: str) -> None:
         assert 0 < float(whole.abs().max()) <= scheme.operand_max(block.l) * (1 + 1e-12)
         # what the grid adds to the error of a channel's own step: half a unit of the grid, and for
         # vectors half of their own units, which the common ones replace
-        fine = own * 2.0 ** -scheme.fraction_bits(block.l) if scheme.vector == "mddq" and block.l else 0 * own
+        fine = (
+            own * 2.0 ** -scheme.fraction_bits(block.l)
+            if scheme.vector in ("mddq", "svq") and block.l
+            else 0 * own
+        )
         error = (got - held)[:, span].abs().unflatten(1, (block.components, block.mul))
         assert bool((error <= 0.5 * (unit + fine) * (1 + 1e-9)).all())
 

@@ -23,6 +23,7 @@ from gaq_compile.numerics.observers import (
     make_observer,
 )
 
+OF_BLOCKS = ("channel", "block")
 IRREPS = "3x0e+4x1o+2x2e"
 SCHEME = activation_scheme("s8 m8d8")
 
@@ -114,7 +115,7 @@ def test_minmax_covers_all_it_saw(seed: int, text: str, granularity: str, expone
             assert bool((values / scale[block.channel :][: block.mul] <= scheme.qmax(l)).all())
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", OF_BLOCKS)
 @pytest.mark.parametrize("text", ["s8 m8d8", "s8 c8", "s16 m16d16", "s8 m8exact common"])
 def test_minmax_is_each_channel_s_largest(text: str, granularity: str) -> None:
     x = uneven()
@@ -159,7 +160,7 @@ def test_minmax_headroom_widens_the_range() -> None:
     )
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", OF_BLOCKS)
 @pytest.mark.parametrize("name", OBSERVERS)
 def test_an_unseen_block_gets_step_one(name: str, granularity: str) -> None:
     x = example()
@@ -178,6 +179,22 @@ def test_an_unseen_channel_gets_the_least_of_its_block(name: str) -> None:
     scale = scale_of(make_observer(name), x)
     assert float(scale[4]) == pytest.approx(FLOOR * float(scale[3:7].max()), rel=1e-6)
     assert bool((scale[[3, 5, 6]] > 5 * scale[4]).all())
+
+
+@pytest.mark.parametrize("text", ["s8 c8", "s8 m8d8"])
+def test_one_range_for_a_whole_tensor(text: str) -> None:
+    x = uneven(3000)
+    seen = torch.cat([v for own in seen_by_channel(x, text) for v in own])
+    tops = torch.tensor([activation_scheme(text).qmax(b.l) for b in blocks(IRREPS) for _ in range(b.mul)])
+    for observer, reach in (
+        (MinMax(1.1), 1.1 * float(seen.max())),
+        (Percentile(99.0), float(torch.quantile(seen[seen > 0], 0.99))),
+    ):
+        scale = scale_of(observer, x[:700], x[700:], text=text, granularity="tensor")
+        torch.testing.assert_close(scale, reach / tops, rtol=2e-3, atol=0)
+    best = scale_of(MeanSquare(), x, text=text, granularity="tensor") * tops
+    assert float(best.max() - best.min()) <= 1e-6 * float(best.max()) or text == "s8 m8d8"
+    assert 0.1 * float(seen.max()) < float(best.min()) <= float(seen.max()) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -209,7 +226,7 @@ def test_percentile_of_a_channel_ignores_outliers_of_its_neighbours() -> None:
     torch.testing.assert_close(scale[:3] * 127, exact.float(), rtol=0, atol=2 * 10.0 / 4096)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", OF_BLOCKS)
 @pytest.mark.parametrize("text", ["s8 m8d8", "s8 c8"])
 def test_percentile_matches_the_quantile(text: str, granularity: str) -> None:
     x = uneven(5000)
@@ -230,7 +247,7 @@ def test_percentile_does_not_count_zeros(granularity: str) -> None:
     torch.testing.assert_close(*both)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", OF_BLOCKS)
 @pytest.mark.parametrize("text", ["s4 m4d8", "s4 c4", "s3 m8d8"])
 def test_mse_is_the_best_candidate_of_each_channel(text: str, granularity: str) -> None:
     """Every channel's (or block's) squared error, tried range by range."""
@@ -304,6 +321,7 @@ def test_block_reservoir_holds_the_whole_sample() -> None:
 def test_make_observer_knows_every_configured_name() -> None:
     assert make_observer("minmax", 1.3) == MinMax(1.3)
     assert [make_observer(name) for name in OBSERVERS] == [MinMax(1.1), Percentile(), MeanSquare()]
+    assert make_observer("percentile", percentile=99.9) == Percentile(99.9)
     with pytest.raises(ConfigError, match="guess"):
         make_observer("guess")
 
@@ -319,8 +337,8 @@ def test_unusable_settings_are_refused(observer: Observer) -> None:
 
 @pytest.mark.parametrize("name", OBSERVERS)
 def test_unknown_granularity_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="tensor"):
-        make_observer(name).start("tensor")
+    with pytest.raises(ConfigError, match="layer"):
+        make_observer(name).start("layer")
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -328,7 +346,7 @@ def test_nan_and_infinity_stop_the_calibration(bad: float) -> None:
     x = example()
     x[3, 20] = bad
     for granularity in GRANULARITIES:
-        with pytest.raises(GaqError, match="block 2"):
+        with pytest.raises(GaqError, match="block 0" if granularity == "tensor" else "block 2"):
             scale_of(MinMax(), x, granularity=granularity)
 
 

@@ -60,6 +60,19 @@ def step_per_weight(steps: torch.Tensor, spec: LinearSpec) -> torch.Tensor:
     return out
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("text", SPECS)
+def test_one_scale_for_a_whole_layer(text: str, bits: int) -> None:
+    spec = linear_spec(text)
+    weight = example(spec, 3)
+    codes, scale = quantize_weight(weight, spec, bits, whole=True)
+    assert len(scale.unique()) == 1 and int(codes.abs().max()) > 0.98 * QMAX[bits]  # bfloat16
+    error = (dequantize_weight(codes, scale, spec) - weight).abs()
+    inside = weight.abs() <= float(scale[0]) * QMAX[bits]
+    assert bool((error[inside] <= 0.5 * float(scale[0]) * (1 + 1e-5)).all())
+    assert bool(inside.all()) or bits == 4  # 4 bits may be clipped
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(SPECS), st.integers(0, 10_000))
 def test_weights_with_steps_meet_the_steps_of_their_rows(text: str, seed: int) -> None:

@@ -211,7 +211,6 @@ def test_species_tables_have_16_bits_where_bytes_allow(graph, costs, scheme, sha
     decoded = dequantize_weight(rounded.codes, rounded.scale, table)
     reach = {16: 1e-4, 8: 0.02, 4: 0.3}[bits] * float(graph.species.abs().max())
     torch.testing.assert_close(decoded, graph.species, rtol=0, atol=reach)
-    assert max(w.bits for label, w in found.items() if label != "species") <= 8
 
 
 def test_sixteen_bits_can_be_asked_for(graph, costs):

@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...config import activation_scheme
+from ...ir.layout import lmax
 from ...ir.specs import linear_spec
 from ...numerics.packing import unpack_int4
 from ...operators.registration import ops
 from ..base import Attribute, Lowered, Refused, register_backend
 from .build import host_target, tvm_version
 from .conv import conv_backward, conv_forward
+from .dense_plan import GRADIENT
 from .linear import LinearProblem, arithmetic, lower_linear
 from .pointwise import (
     lower_gate,
@@ -25,6 +27,8 @@ from .pointwise import (
     lower_product,
     lower_product_backward,
 )
+
+LEARNED = "learned directions are a baseline, and have no generated kernel"
 
 Rule = Callable[[Node, Attribute, str], "Lowered | Refused"]
 
@@ -70,6 +74,8 @@ def _integer_linear(node: Node, attribute: Attribute, target: str) -> Lowered | 
     x, steps, codes, scale, bias, spec, scheme, bits, transpose, _ = node.args
     if not all(_constant(part) for part in (steps, codes, scale, bias)):
         return Refused("weights are computed at run time, kernels need them fixed")
+    if _looks_up(str(scheme), linear_spec(str(spec)).irreps_in):
+        return Refused(LEARNED)
     problem = LinearProblem(str(spec), str(scheme), f"s{bits}", bool(transpose), bias is not None)
     stored = attribute(codes)
     plain = unpack_int4(stored, linear_spec(str(spec)).weight_numel) if bits == 4 else stored
@@ -82,6 +88,12 @@ def _integer_linear(node: Node, attribute: Attribute, target: str) -> Lowered | 
         target,
     )
     return Lowered(run, arithmetic(problem, target), (x,))
+
+
+def _looks_up(scheme: str, irreps: str) -> bool:
+    """Whether a scheme takes directions of these irreps from a table."""
+    known = scheme not in ("f32", GRADIENT) and activation_scheme(scheme).vector == "svq"
+    return known and lmax(irreps) > 0
 
 
 def _optional(node: object, attribute: Attribute) -> Tensor | None:
@@ -128,6 +140,8 @@ def _mddq(node: Node, attribute: Attribute, target: str) -> Lowered | Refused:
     x, scale, irreps, scheme, _ = node.args
     if not _constant(scale):
         return Refused("activation steps are computed at run time, kernels need them fixed")
+    if _looks_up(str(scheme), str(irreps)):
+        return Refused(LEARNED)
     if activation_scheme(str(scheme)).common:
         return Refused("activations on a common grid have a kernel only together with integer weights")
     return Lowered(lower_mddq(str(irreps), str(scheme), attribute(scale), target), "f32", (x,))

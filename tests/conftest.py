@@ -8,8 +8,17 @@ from pathlib import Path
 
 import pytest
 
-import gaq_compile
-from gaq_compile.datasets import example_structures
+# Tests run in several processes: threads that spin while they wait, or are bound to the same cores, would
+# slow each other down many times. Before anything starts a pool of them.
+for _name, _value in (
+    ("OMP_WAIT_POLICY", "PASSIVE"),
+    ("TVM_THREAD_POOL_SPIN_COUNT", "0"),
+    ("TVM_BIND_THREADS", "0"),
+):
+    os.environ.setdefault(_name, _value)
+
+import gaq_compile  # noqa: E402
+from gaq_compile.datasets import example_structures  # noqa: E402
 
 
 def pytest_configure() -> None:

@@ -90,7 +90,7 @@ class Sensitivity:
             table.add_row(n.label, n.what, n.bits, *figures, str(n.bytes or ""))
         console = console or Console()
         console.print(table)
-        console.print(f"all {len(self.nodes)} together: {self.together:.3f} meV/Å")
+        console.print(f"all {len(self.nodes)} nodes together: {self.together:.3f} meV/Å")
 
     def plot(self, path: str | Path, shown: int = SHOWN) -> Path:
         """Draw the most sensitive nodes as bars; returns the path."""

@@ -3,14 +3,16 @@
     python benchmarks/accuracy.py --models sevennet-0 so3lr --schemes w8 w8a8 naive-w8a8 \\
         --json benchmarks/results/accuracy.json
 
-One potential per model and scheme, calibrated on a few structures of every set; measured on others of
-every set, against the original model in float32 run through its own package. No labels are used.
+Measured on structures that calibration has not seen, against the original model in float32 run through
+its own package. No labels are used. With ``--calibration all`` there is one potential per model and
+scheme, calibrated on a few structures of every set: what one file for many systems can do. With
+``--calibration each`` every set has a potential of its own, as one makes for a simulation.
 
 * so3lr: rMD17 frames of azobenzene, ethanol, aspirin and paracetamol (calibration: frames 0 and 1).
 * sevennet-0: rattled and strained silicon, rock salt and copper, a molecule (ethanol), and a surface
   (CO on copper).
 
-A run that was killed continues: figures of a model and scheme that the JSON already has are kept unless
+A run that was killed continues, and runs add up: figures that the JSON already has are kept unless
 ``--fresh``. Writes JSON, Markdown tables and a plot of force error against equivariance error.
 """
 
@@ -62,10 +64,17 @@ def main() -> None:
     warnings.simplefilter("ignore")  # the model packages' own
     console = Console()
     result = known(options)
-    todo = [(m, s) for m in options.models for s in options.schemes if not measured(result, m, s)]
+    todo = [
+        (model, scheme, sets)
+        for model in options.models
+        for scheme in options.schemes
+        for sets in together(SETS[model](), options.calibration)
+        if not measured(result, model, scheme, options.calibration, sets)
+    ]
     with Progress(console=console, transient=True) as bar:
-        for model, scheme in bar.track(todo, description="quantizing and measuring"):
-            result["rows"] += rows(model, scheme, options.backend)
+        for model, scheme, sets in bar.track(todo, description="quantizing and measuring"):
+            found = rows(model, scheme, sets, options.backend)
+            result["rows"] += [{"calibration": options.calibration} | row for row in found]
             write(result, options.json)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     write(result, options.json)
@@ -82,6 +91,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES, metavar="SCHEME")
+    parser.add_argument("--calibration", choices=("all", "each"), default="all")
     parser.add_argument("--backend", default="tvm")
     parser.add_argument("--json", type=Path, default=Path("out/accuracy.json"))
     parser.add_argument("--fresh", action="store_true", help="measure again what the JSON already has")
@@ -143,9 +153,13 @@ SETS: dict[str, Callable[[], list[StructureSet]]] = {"sevennet-0": materials, "s
 # --- measuring ----------------------------------------------------------------------------------
 
 
-def rows(model: str, scheme: str, backend: str) -> list[dict[str, Any]]:
+def together(sets: list[StructureSet], calibration: str) -> list[list[StructureSet]]:
+    """The sets that share a potential."""
+    return [sets] if calibration == "all" else [[s] for s in sets]
+
+
+def rows(model: str, scheme: str, sets: list[StructureSet], backend: str) -> list[dict[str, Any]]:
     """One row per structure set, of one model and scheme."""
-    sets = SETS[model]()
     calibration = [atoms for s in sets for atoms in s.calibration]
     potential = gaq_compile.quantize(
         model, calibration, scheme, backend=backend, measure=False, progress=False
@@ -201,8 +215,11 @@ def known(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def measured(result: dict[str, Any], model: str, scheme: str) -> bool:
-    return any((r["model"], r["scheme"]) == (model, scheme) for r in result["rows"])
+def measured(
+    result: dict[str, Any], model: str, scheme: str, calibration: str, sets: list[StructureSet]
+) -> bool:
+    key = (model, scheme, calibration, sets[0].name)
+    return any((r["model"], r["scheme"], r["calibration"], r["set"]) == key for r in result["rows"])
 
 
 def write(result: dict[str, Any], path: Path) -> None:
@@ -215,28 +232,43 @@ def write(result: dict[str, Any], path: Path) -> None:
 
 # --- tables and plot ----------------------------------------------------------------------------
 
+Rows = list[dict[str, Any]]
+CALIBRATIONS = {
+    "all": "one potential for all sets",
+    "each": "a potential for each set",
+}
 
-def summary(result: dict[str, Any], model: str) -> list[dict[str, Any]]:
+
+def parts(result: dict[str, Any]) -> list[tuple[str, str, Rows]]:
+    """(model, calibration, rows) of everything that was measured."""
+    found: dict[tuple[str, str], Rows] = {}
+    for row in result["rows"]:
+        found.setdefault((row["model"], row["calibration"]), []).append(row)
+    return [(*key, of) for key, of in sorted(found.items())]
+
+
+def summary(rows: Rows) -> Rows:
     """One row per scheme: means over the structure sets, in the order of PRESETS."""
     found = []
     for scheme in SCHEMES:
-        of = [r for r in result["rows"] if (r["model"], r["scheme"]) == (model, scheme)]
+        of = [r for r in rows if r["scheme"] == scheme]
         if of:
             keys = ("force_rel", "force_mae_mev_per_a", "energy_mev_per_atom", "lee_force_mev_per_a")
-            means = {key: float(np.mean([r[key] for r in of])) for key in keys}
-            worst = max(r["force_rel"] for r in of)
-            found.append({"scheme": scheme, "weights_share": of[0]["weights_share"], "worst": worst, **means})
+            means = {key: float(np.mean([r[key] for r in of])) for key in (*keys, "weights_share")}
+            found.append({"scheme": scheme, "worst": max(r["force_rel"] for r in of), **means})
     return found
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Markdown: per model, the schemes' means over all sets, and the force errors set by set."""
+    """Markdown: per model, the schemes' means over all sets, and the errors set by set."""
     lines: list[str] = []
-    for model in dict.fromkeys(r["model"] for r in result["rows"]):
-        schemes = summary(result, model)
+    for model, calibration, rows in parts(result):
+        schemes = summary(rows)
         naive = next((s["lee_force_mev_per_a"] for s in schemes if s["scheme"] == REFERENCE), None)
         lines += [
-            f"### {model}: means over the structure sets",
+            f"### {model}, {CALIBRATIONS[calibration]}",
+            "",
+            "Means over the structure sets:",
             "",
             "| scheme | force error % | worst set % | meV/Å | energy meV/atom | LEE meV/Å "
             f"| `{REFERENCE}`'s over it | bytes of float32 |",
@@ -250,48 +282,47 @@ def tables(result: dict[str, Any]) -> str:
                 f"| {s['force_mae_mev_per_a']:.2f} | {s['energy_mev_per_atom']:.3f} | {lee:.4f} | {ratio} "
                 f"| {s['weights_share']:.3f} |"
             )
-        lines += ["", *sets_table(result, model, [s["scheme"] for s in schemes]), ""]
+        lines += ["", "Force error % / energy meV/atom / LEE meV/Å, set by set:", "", *by_set(rows), ""]
     return "\n".join(lines)
 
 
-def sets_table(result: dict[str, Any], model: str, schemes: list[str]) -> list[str]:
-    """Markdown lines: force error in percent and LEE of every scheme on every set."""
-    of = [r for r in result["rows"] if r["model"] == model]
-    sets = list(dict.fromkeys(r["set"] for r in of))
-    lines = [
-        f"Force error % / energy meV/atom / LEE meV/Å, set by set ({model}):",
-        "",
-        "| scheme | " + " | ".join(sets) + " |",
-        "|---" * (1 + len(sets)) + "|",
-    ]
-    for scheme in schemes:
+def by_set(rows: Rows) -> list[str]:
+    """Markdown lines: force error in percent, energy error and LEE of every scheme on every set."""
+    sets = list(dict.fromkeys(r["set"] for r in rows))
+    lines = ["| scheme | " + " | ".join(sets) + " |", "|---" * (1 + len(sets)) + "|"]
+    for scheme in (s["scheme"] for s in summary(rows)):
         cells = []
         for name in sets:
-            (r,) = (r for r in of if (r["scheme"], r["set"]) == (scheme, name))
-            figures = f"{100 * r['force_rel']:.2f} / {r['energy_mev_per_atom']:.2f}"
-            cells.append(f"{figures} / {r['lee_force_mev_per_a']:.4f}")
+            row = next((r for r in rows if (r["scheme"], r["set"]) == (scheme, name)), None)
+            cells.append("–" if row is None else _cell(row))
         lines.append(f"| `{scheme}` | " + " | ".join(cells) + " |")
     return lines
 
 
+def _cell(row: dict[str, Any]) -> str:
+    figures = f"{100 * row['force_rel']:.2f} / {row['energy_mev_per_atom']:.2f}"
+    return f"{figures} / {row['lee_force_mev_per_a']:.4f}"
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Force error against LEE, one point per scheme, one panel per model."""
+    """Force error against LEE, one point per scheme, one panel per model and calibration."""
     from matplotlib.figure import Figure
 
-    models = list(dict.fromkeys(r["model"] for r in result["rows"]))
-    figure = Figure(figsize=(7.5 * len(models), 6), layout="constrained")
-    panels = figure.subplots(1, len(models), squeeze=False)[0]
-    for panel, model in zip(panels, models, strict=True):
-        for s in summary(result, model):
+    found = parts(result)
+    figure = Figure(figsize=(7.5 * len(found), 6), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for panel, (model, calibration, rows) in zip(panels, found, strict=True):
+        for s in summary(rows):
             x, y = 100 * s["force_rel"], s["lee_force_mev_per_a"]
             ours = s["scheme"].rpartition("-")[0] not in BASELINES
             panel.plot(x, y, marker="o" if ours else "x", color="tab:blue" if ours else "tab:red")
             panel.annotate(s["scheme"], (x, y), textcoords="offset points", xytext=(5, 3), fontsize=8)
-        panel.set(xscale="log", yscale="log", title=f"{model} (circles: ours, crosses: baselines)")
+        panel.set(xscale="log", yscale="log")
+        panel.set_title(f"{model}, {CALIBRATIONS[calibration]} (crosses: baselines)")
         panel.set_xlabel("force error, % of the mean force component")
         panel.set_ylabel("equivariance error (LEE), meV/Å")
         panel.grid(which="both", alpha=0.25)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -210,9 +210,16 @@ def known(options: argparse.Namespace) -> dict[str, Any]:
     command = " ".join(["python", *sys.argv])
     machine = platform.processor() or platform.machine()
     result: dict[str, Any] = {"command": command, "machine": machine, "rows": []}
-    if options.json.exists() and not options.fresh:
+    if options.json.exists():
         result["rows"] = json.loads(options.json.read_text())["rows"]
+    if options.fresh:
+        result["rows"] = [r for r in result["rows"] if not asked_for(r, options)]
     return result
+
+
+def asked_for(row: dict[str, Any], options: argparse.Namespace) -> bool:
+    chosen = row["model"] in options.models and row["scheme"] in options.schemes
+    return chosen and row["calibration"] == options.calibration
 
 
 def measured(
@@ -313,7 +320,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for panel, (model, calibration, rows) in zip(panels, found, strict=True):
         for s in summary(rows):
-            x, y = 100 * s["force_rel"], s["lee_force_mev_per_a"]
+            x, y = 100 * s["force_rel"], max(s["lee_force_mev_per_a"], 1e-5)  # 0 has no place
             ours = s["scheme"].rpartition("-")[0] not in BASELINES
             panel.plot(x, y, marker="o" if ours else "x", color="tab:blue" if ours else "tab:red")
             panel.annotate(s["scheme"], (x, y), textcoords="offset points", xytext=(5, 3), fontsize=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
 import warnings
@@ -28,8 +29,8 @@ from .capture.generic import TensorModel
 from .capture.graphs import CalibratedRange, GraphFormat, Tensors, calibrated_range, collate
 from .capture.limits import Limits
 from .capture.pretrained import load_model
-from .config import DEFAULT_SCHEME, QuantConfig, is_conservative, resolve
-from .errors import AccuracyWarning, NoEdgesError
+from .config import AUTO, DEFAULT_SCHEME, QuantConfig, is_conservative, resolve
+from .errors import AccuracyWarning, ConfigError, NoEdgesError
 from .ir.specs import linear_spec
 from .passes.calibrate import quantization_sites
 from .passes.choose_bits import choose_bits
@@ -81,9 +82,9 @@ def quantize(
         scheme: a preset ("w8a8", "w4a8", "naive-w8a8", "w8", "w4", "w8a16", "w4a16", "fp32",
             "exact-w8a8", "exact-w4a8"), "auto", or a :class:`QuantConfig`.
         max_force_error: the mean absolute error of a force component (meV/Å) that the result may
-            have. The scheme's bits are then only the fewest that a node gets: more go where they help
-            most, until the error, measured on rattled copies that calibration has not seen, is
-            small enough. "auto" needs it, and is "w4" with that.
+            have. The scheme's bits are then the fewest that a node gets, and no share of bytes is
+            given: more go where they help most, until the error, measured on rattled copies that
+            calibration has not seen, is small enough. "auto" needs it, and is "w4" with that.
         overrides: per-module settings by name pattern, e.g. ``{"*weight_nn*": "w8"}``.
         backend: "tvm" (generated kernels) or "reference" (plain torch).
         target: a TVM target in JSON; by default this machine's CPU.
@@ -103,6 +104,10 @@ def quantize(
         VerificationError: if the fusion-only form differs from the original beyond rounding.
     """
     config = resolve(scheme, overrides, max_force_error)
+    if config.scheme == AUTO and config.max_force_error is None:
+        raise ConfigError(
+            f"{AUTO!r} chooses bits for a force error, and none is given", fix="max_force_error=5.0 (meV/Å)"
+        )
     backends = _backends(backend, target)
     subject, stages = trace(model, example_graph)
     prepared = stages["tag_irreps"]
@@ -203,10 +208,14 @@ class _Subject:
 
     @property
     def trials(self) -> list[Atoms]:
-        """More of these, for choices that are made by measuring; different from both."""
-        wanted = max(2, math.ceil(ENOUGH_TO_CHOOSE / len(self.structures[0])))
-        turns = range(min(wanted, MOST_TRIALS))
-        return [_moved(self.structures[k % len(self.structures)], 0.05, 201 + k) for k in turns]
+        """Others of these, for choices that are made by measuring: of every structure, if not too many."""
+        some = _spread(self.structures, MOST_TRIALS)
+        found: list[Atoms] = []
+        for k, atoms in enumerate(itertools.islice(itertools.cycle(some), MOST_TRIALS)):
+            if k >= max(2, len(some)) and sum(map(len, found)) >= ENOUGH_TO_CHOOSE:
+                break
+            found.append(_moved(atoms, 0.05, 201 + k))
+        return found
 
     def limited(self, limits: Limits) -> _Subject:
         """The same, with what export assumed about the inputs."""
@@ -374,6 +383,12 @@ def _rattled_too(structures: Sequence[Atoms]) -> list[Atoms]:
         for s in structures
     ]
     return [*structures, *moved]
+
+
+def _spread(structures: Sequence[Atoms], most: int) -> list[Atoms]:
+    """At most so many, evenly from the first to the last."""
+    count = min(most, len(structures))
+    return [structures[round(k * (len(structures) - 1) / max(1, count - 1))] for k in range(count)]
 
 
 def _moved(atoms: Atoms, stdev: float, seed: int) -> Atoms:

@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .config import DEFAULT_SCHEME, PRESETS
-from .errors import ConfigError, GaqError, MissingPackageError, StructureError
+from .config import AUTO, DEFAULT_SCHEME, PRESETS
+from .errors import ConfigError, GaqError, GaqWarning, MissingPackageError, StructureError
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -84,7 +84,8 @@ def quantize(
     max_force_error: Annotated[
         float | None,
         typer.Option(
-            help="Add bits to the scheme's until the mean force error is at most this, meV/Å; auto needs it.",
+            help="Give layers more bits than the scheme's until the mean force error is at most this, meV/Å; "
+            "auto needs it.",
             show_default=False,
         ),
     ] = None,
@@ -180,7 +181,10 @@ def bench(
     ],
     structures: _Structures,
     scheme: Annotated[
-        str | None, typer.Option("--scheme", "-s", help=f"{', '.join(PRESETS)}. Default: {DEFAULT_SCHEME}.")
+        str | None,
+        typer.Option(
+            "--scheme", "-s", help=f"{', '.join(s for s in PRESETS if s != AUTO)}. Default: {DEFAULT_SCHEME}."
+        ),
     ] = None,
     runs: Annotated[int, typer.Option(help="Timed pairs.", min=2)] = 20,
     warmup: Annotated[int, typer.Option(help="Untimed pairs before them.", min=0)] = 10,
@@ -232,15 +236,26 @@ def tune(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command ``gaq-compile``; exits with status 1 after an error of gaq_compile's own."""
-    # Model packages warn of their own future on every import; a user of this command cannot act on it.
-    warnings.simplefilter("ignore")
-    try:
-        app(args=None if argv is None else list(argv), prog_name="gaq-compile")
-    except GaqError as error:
-        console = _stderr()
-        console.print("error:", style="bold red", end=" ")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
+    with warnings.catch_warnings():
+        # Model packages warn of their own future on every import; a user of this command cannot act on it.
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", GaqWarning)
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        try:
+            app(args=None if argv is None else list(argv), prog_name="gaq-compile")
+        except GaqError as error:
+            _tell("error:", "bold red", error)
+            raise SystemExit(1) from None
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    _tell("warning:", "bold yellow", message)
+
+
+def _tell(kind: str, style: str, what: object) -> None:
+    console = _stderr()
+    console.print(kind, style=style, end=" ")
+    console.print(str(what), markup=False, highlight=False, soft_wrap=True)
 
 
 # --- structures and originals -------------------------------------------------------------------

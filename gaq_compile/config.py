@@ -199,9 +199,9 @@ class QuantConfig:
             float32 bytes.
         max_wide_share: if given, the activations that cost most per multiplication get 16 bits, as
             long as these take at most this share of the multiplications.
-        max_force_error: if given, bits are added to the scheme's, as few bytes as possible, until
-            the measured force error is at most this (meV/Å, mean absolute error of a component);
-            what was chosen then stands in ``max_weight_share`` and ``max_wide_share``.
+        max_force_error: if given, layers get more bits, in the order of what that gains per byte,
+            until the measured force error is at most this (meV/Å, mean absolute error of a
+            component); what was chosen then replaces ``max_weight_share`` and ``max_wide_share``.
         overrides: per-layer precision; the last matching pattern wins.
         version: the version of this format.
 
@@ -250,13 +250,14 @@ class QuantConfig:
             )
         for name in ("max_weight_share", "max_wide_share", "max_force_error"):
             limit = getattr(self, name)
-            if limit is not None and not (type(limit) in (int, float) and 0.0 < limit < math.inf):
+            number = isinstance(limit, int | float) and not isinstance(limit, bool)
+            if limit is not None and not (number and 0.0 < limit < math.inf):
                 raise ConfigError(f"{name} must be a positive number or None, not {limit!r}", where=where)
         if self.max_force_error is not None and not self.rounds_together:
             raise ConfigError(
                 "a force error can be kept only where weights are rounded against it",
                 where=where,
-                fix="use 'auto', or leave max_force_error out",
+                fix="give weight_bits and leave rounding as it is, or leave max_force_error out",
             )
         share = self.percentile
         if not (type(share) in (int, float) and 0.0 < share <= 100.0):
@@ -419,13 +420,13 @@ def resolve(
 
     Args:
         scheme: a preset's name, or a configuration.
-        overrides: layer-name pattern -> preset name, or ``{"weight_bits": .., "activation": ..}``
-            where a missing key keeps the scheme's own value. Later entries win over earlier ones
-            and over those that ``scheme`` already has.
-        max_force_error: the force error to keep, meV/Å; "auto" needs one.
+        overrides: layer-name pattern -> preset name (of which bits and activation scheme count), or
+            ``{"weight_bits": .., "activation": ..}`` where a missing key keeps the scheme's own
+            value. Later entries win over earlier ones and over those that ``scheme`` already has.
+        max_force_error: the force error to keep, meV/Å.
 
     Raises:
-        ConfigError: for an unknown scheme, key or value, or "auto" without a force error.
+        ConfigError: for an unknown scheme, key or value.
     """
     if not isinstance(scheme, str | QuantConfig):
         raise ConfigError(
@@ -435,10 +436,6 @@ def resolve(
     config = preset(scheme) if isinstance(scheme, str) else scheme
     added = tuple(_override(config, pattern, value) for pattern, value in (overrides or {}).items())
     most = config.max_force_error if max_force_error is None else max_force_error
-    if config.scheme == AUTO and most is None:
-        raise ConfigError(
-            f"{AUTO!r} chooses bits for a force error, and none is given", fix="max_force_error=5.0 (meV/Å)"
-        )
     return replace(config, overrides=config.overrides + added, max_force_error=most)
 
 
@@ -465,6 +462,8 @@ def rounds_only_invariants(config: QuantConfig) -> bool:
 
 def _override(config: QuantConfig, pattern: str, value: str | Mapping[str, Any]) -> Override:
     where = f"override {pattern!r}"
+    if value == AUTO:
+        raise ConfigError(f"{AUTO!r} chooses bits for a whole model", where=where, fix="use it as the scheme")
     if isinstance(value, str):
         layer = preset(value)
         return Override(pattern, layer.weight_bits, layer.activation)

@@ -62,9 +62,13 @@ class MissingPackageError(GaqError, ImportError):
     """An optional package that this call needs is not installed."""
 
 
-class CalibrationWarning(UserWarning):
+class GaqWarning(UserWarning):
+    """Base of every warning of gaq_compile's own."""
+
+
+class CalibrationWarning(GaqWarning):
     """A structure with elements or surroundings that calibration has not seen."""
 
 
-class AccuracyWarning(UserWarning):
+class AccuracyWarning(GaqWarning):
     """A result that misses the accuracy that was asked for."""

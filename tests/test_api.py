@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,6 +111,50 @@ def test_an_error_that_is_missed_on_other_structures_is_told(small):
     api._warn_if_missed(potential.report, 2 * plain)
     with pytest.warns(AccuracyWarning, match="not used to choose"):
         api._warn_if_missed(potential.report, 1e-6)
+
+
+def test_a_choice_survives_a_file(small, tmp_path):
+    potential = gaq_compile.quantize(
+        small, list(_example(6).values()), "auto", max_force_error=50.0, overrides={"last": "w8"}, **QUIET
+    )
+    loaded = gaq_compile.load(potential.save(tmp_path / "small.gaq"), backend="reference")
+    assert loaded.config == potential.config and loaded.config.max_force_error == 50.0
+    assert loaded.report.choice == json.loads(json.dumps(potential.report.choice)) != {}
+    assert loaded.report.to_dict()["choice"]["trials"]
+
+
+def _subject(sizes: list[int]) -> api._Subject:
+    structures = [Atoms("H" * n, positions=3.0 * np.arange(3 * n).reshape(n, 3)) for n in sizes]
+    form = SimpleNamespace(positions=None, inputs=("sizes",))
+    return api._Subject(
+        "sizes", SimpleNamespace(form=form), None, structures,
+        lambda batch: {"sizes": torch.tensor([len(atoms) for atoms in batch])}, [], structures,
+    )  # fmt: skip
+
+
+def test_small_structures_are_calibrated_together():
+    subject = _subject([20, 30, 14, 1, 100, 64, 65, 9])
+    groups = [sizes.tolist() for (sizes,) in subject.batches(subject.structures)]
+    assert groups == [[20, 30, 14], [1], [100], [64], [65], [9]]
+    assert [s.tolist() for (s,) in subject.batches_alone(subject.structures[:2])] == [[20], [30]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "trials"),
+    [
+        ([24], [24] * 6),
+        ([3], [3] * 16),
+        ([256], [256] * 2),
+        ([256, 3, 6, 12], [256, 3, 6, 12]),
+        ([3, 256], [3, 256]),
+        ([40, 30], [40, 30, 40, 30]),
+        ([*range(10, 50)], [10, 13, 15, 18, 20, 23, 26, 28, 31, 33, 36, 39, 41, 44, 46, 49]),
+    ],
+)
+def test_bits_are_chosen_on_every_structure_unless_there_are_many(sizes, trials):
+    found = _subject(sizes).trials
+    assert [len(atoms) for atoms in found] == trials
+    assert len({atoms.positions.tobytes() for atoms in found}) == len(found)
 
 
 def test_auto_wants_to_know_the_force_error(small):

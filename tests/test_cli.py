@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ase.io import write
 from gaq_compile import cli
 from gaq_compile.cli import REPORT_KEYS, main
 from gaq_compile.datasets import example_structures
+from gaq_compile.errors import AccuracyWarning
 from gaq_compile.tools.bench import find_allocator
 
 
@@ -193,3 +195,30 @@ def test_quantize(capsys, tmp_path) -> None:
     found = check_report(report, tuple(REPORT_KEYS))
     assert (found["scheme"], found["atoms"], found["nodes"]["fallback"]) == ("w8a8", 9, [])
     assert "so3lr · w8a8 · tvm" in success(capsys, "inspect", out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--scheme", "auto"), "max_force_error"),
+        (("--scheme", "fp32", "--max-force-error", "5"), "rounded against"),
+        (("--scheme", "auto", "--max-force-error", "-1"), "positive"),
+    ],
+)
+def test_force_errors_that_cannot_be_kept(capsys, tmp_path, options, message) -> None:
+    structures = tmp_path / "ethanol.xyz"
+    write(structures, example_structures("ethanol")[:1])
+    assert message in failure(capsys, "quantize", "so3lr", structures, "-o", tmp_path / "x.gaq", *options)
+
+
+def test_own_warnings_are_told_and_others_are_not(capsys, monkeypatch) -> None:
+    def app(**_: object) -> None:
+        warnings.warn("the force error is too large", AccuracyWarning, stacklevel=1)
+        warnings.warn("something will change", FutureWarning, stacklevel=1)
+
+    monkeypatch.setattr(cli, "app", app)
+    before = warnings.showwarning
+    cli.main([])
+    told = capsys.readouterr().err
+    assert "warning: the force error is too large" in told and "change" not in told
+    assert warnings.showwarning is before

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -214,18 +216,28 @@ def test_baselines_round_to_nearest(kind: str, bits: int) -> None:
     assert QuantConfig.from_json(config.to_json()) == config and not rounds_only_invariants(config)
 
 
-def test_auto_needs_a_force_error_to_keep() -> None:
-    with pytest.raises(ConfigError, match="force error") as caught:
-        resolve("auto")
-    assert "max_force_error" in caught.value.fix
+def test_auto_starts_from_four_bits_and_keeps_a_force_error() -> None:
     config = resolve("auto", max_force_error=5.0)
     assert (config.weight_bits, config.activation, config.max_force_error) == (4, None, 5.0)
     assert is_conservative(config) and QuantConfig.from_json(config.to_json()) == config
     assert resolve(config) == config and resolve(config, max_force_error=2).max_force_error == 2
-    with pytest.raises(ConfigError, match="rounded against"):
-        resolve("fp32", max_force_error=5.0)
-    with pytest.raises(ConfigError, match="rounded against"):
-        resolve("naive-w8a8", max_force_error=5.0)
+    assert resolve("auto").max_force_error is None  # quantize wants one
+    for scheme in ("fp32", "naive-w8a8"):
+        with pytest.raises(ConfigError, match="rounded against"):
+            resolve(scheme, max_force_error=5.0)
+    with pytest.raises(ConfigError, match="whole model"):
+        resolve("w8", {"first": "auto"})
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1, math.nan, math.inf, True, "5"])
+def test_force_errors_that_cannot_be_kept_are_refused(wrong: object) -> None:
+    with pytest.raises(ConfigError, match="max_force_error"):
+        resolve("auto", max_force_error=wrong)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = resolve("auto", max_force_error=np.float64(2.5))
+    assert QuantConfig.from_json(config.to_json()) == config
 
 
 def test_configurations_of_the_first_version_are_refused() -> None:

@@ -146,6 +146,8 @@ def fake_quantize_backward(
 def learned_directions(l: int, code_bits: int) -> LearnedDirections:
     """The k-means directions of a degree: learned from random ones, as structures come in any orientation.
 
+    They are no part of a file, but learned anew, from a fixed seed, where it is read: this is a baseline.
+
     Args:
         l: the degree, >= 1.
         code_bits: ``2^code_bits`` directions.

@@ -49,9 +49,10 @@ def quantize_weight(
     check_weight(weight, spec, bits)
     codes = torch.empty(spec.weight_numel, dtype=CODES[bits], device=weight.device)
     scale = torch.empty(spec.scale_numel, dtype=torch.float32, device=weight.device)
+    common = column_scales(weight.detach()[:, None], bits) if whole else None
     for path in spec.paths:
         columns = weight.detach()[path.offset : path.offset + path.numel].view(-1, path.block_out.mul)
-        s = column_scales(weight.detach()[:, None] if whole else columns, bits)
+        s = column_scales(columns, bits) if common is None else common
         codes[path.offset : path.offset + path.numel] = round_columns(columns, s, bits).flatten()
         scale[path.scale_offset : path.scale_offset + path.block_out.mul] = s
     return codes, scale

@@ -1,4 +1,4 @@
-"""The fewest bytes that keep a force error, found by measuring.
+"""Few bytes that keep a force error, found by measuring.
 
 Layers get wider weights in the order of what their rounding costs per byte (:mod:`.round_weights`),
 and activations 16 bits in the order of what theirs costs per multiplication
@@ -36,8 +36,8 @@ class Trial:
     Attributes:
         max_weight_share, max_wide_share: the choice (:class:`~gaq_compile.config.QuantConfig`); None:
             float weights, or no rounded activations.
-        bytes: of all weights.
-        error: against the float graph.
+        bytes: of all weights that are not left in float by choice.
+        error: against the float graph; energies as they are before a mean per element is taken back.
     """
 
     max_weight_share: float | None
@@ -70,7 +70,7 @@ def choose_bits(
     comparison: Comparison,
     progress: bool = False,
 ) -> Choice:
-    """The configuration of fewest bytes whose force error is at most ``config.max_force_error``.
+    """The first configuration, in the order of bytes, whose force error is at most ``max_force_error``.
 
     Args:
         prepared: the float energy graph.
@@ -88,21 +88,35 @@ def choose_bits(
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("choosing bits", total=None)
         variants = Variants(prepared, config, observed, comparison, lambda: bar.advance(task))
-        for share in WIDE_SHARES if observed.sites else (None,):
-            if share is not None and share < 1.0 and not _leaves_room(variants, share, most):
+        wide_shares = _wide_shares(observed)
+        for wide in wide_shares:
+            if wide != wide_shares[-1] and not _leaves_room(variants, wide, most):
                 continue
-            chosen = _fewest_bytes(variants, share, most)
+            chosen = _fewest_bytes(variants, wide, most)
             if chosen is not None:
-                found = replace(
-                    config, max_weight_share=chosen.max_weight_share, max_wide_share=share or None
-                )
-                return Choice(found, chosen, tuple(variants.trials), comparison.atoms)
-    least = min(trial.error.force_mev_per_a for trial in variants.trials)
+                shares = {"max_weight_share": chosen.max_weight_share, "max_wide_share": wide or None}
+                return Choice(replace(config, **shares), chosen, tuple(variants.trials), comparison.atoms)
+    choices = [trial for trial in variants.trials if trial.max_weight_share is not None]
+    least = min(trial.error.force_mev_per_a for trial in choices)
     raise ConfigError(
         f"no choice of bits keeps the force error at {most:g} meV/Å; the smallest measured is {least:.3g}",
         where=f"scheme {config.scheme!r}",
         fix="allow more, or leave activations in float ('auto')" if observed.sites else "allow more",
     )
+
+
+def _wide_shares(observed: Observed) -> list[float | None]:
+    """Shares of 16-bit multiplications that make a difference, ascending; None: nothing is rounded."""
+    if not observed.sites:
+        return [None]
+    found: list[float | None] = []
+    before: dict[str, str] = {}
+    for share in WIDE_SHARES:
+        schemes = {label: site.scheme for label, site in observed.activations(share).items()}
+        if schemes != before:
+            found.append(share)
+            before = schemes
+    return found
 
 
 class Variants:
@@ -126,8 +140,19 @@ class Variants:
         self._sides: dict[float | None, tuple[dict[str, RoundedSite], Rounder]] = {}
 
     def shares(self, wide: float | None) -> list[float]:
-        """All different shares of weight bytes, ascending, with this share of wide activations."""
-        return self._side(wide)[1].shares()
+        """All different shares of weight bytes, ascending, with this share of wide activations.
+
+        Raises:
+            ConfigError: if no layer has integer weights.
+        """
+        shares = self._side(wide)[1].shares()
+        if not shares:
+            raise ConfigError(
+                "no layer has integer weights, so there are no bits to choose",
+                where=f"scheme {self._config.scheme!r}",
+                fix="look at the overrides",
+            )
+        return shares
 
     def float_bytes(self, wide: float | None) -> int:
         """What the same weights take in float32."""
@@ -152,7 +177,7 @@ class Variants:
         return self._sides[wide]
 
 
-def _leaves_room(variants: Variants, wide: float, most: float) -> bool:
+def _leaves_room(variants: Variants, wide: float | None, most: float) -> bool:
     return variants.measure(None, wide).error.force_mev_per_a <= ACTIVATIONS_PART * most
 
 

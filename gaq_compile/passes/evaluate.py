@@ -21,7 +21,7 @@ class GraphError:
     Attributes:
         force_mev_per_a: mean over components of ``|dF|``.
         force_rel: that over the mean ``|F|`` of a component.
-        energy_mev_per_atom: mean over structures of ``|dE|`` per atom.
+        energy_mev_per_atom: mean over structures of ``|dE|`` per atom, of these graphs as they are.
     """
 
     force_mev_per_a: float

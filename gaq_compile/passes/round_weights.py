@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..numerics.second_order import (
     without_mean,
 )
 from ..numerics.weights import dequantize_weight, quantize_weight, weight_bytes, with_steps
+from .calibrate import is_one_hot
 from .graph_tools import attribute, calls, gaq
 from .weigh_channels import ChannelCosts
 from .widen_activations import RoundedSite
@@ -81,7 +82,7 @@ class Rounder:
         self._whole = config.granularity == "tensor"
         self._costs = ChannelCosts() if config.rounding == "nearest" else costs
         self._steps = {label: site.steps for label, site in (activations or {}).items()}
-        self._layers = _layers(graph_module, config, self._steps)
+        self._layers = _layers(graph_module, config)
         self._known: dict[tuple[str, int], RoundedWeight] = {}
 
     def within(self, max_share: float | None) -> dict[str, RoundedWeight]:
@@ -101,7 +102,7 @@ class Rounder:
         return found
 
     def shares(self) -> list[float]:
-        """The shares at which :meth:`within` changes, ascending: one layer wider at each."""
+        """Shares of :meth:`within`, ascending: each gives one more layer than the one before more bits."""
         found, left = self.within(None), float("inf")
         shares = [self.bytes_of(found) / self.float_bytes] if found else []
         while (label := self._dearest(found, left)) is not None:
@@ -152,14 +153,15 @@ class _Layer:
     bits: tuple[int, ...]
 
 
-def _layers(graph_module: GraphModule, config: QuantConfig, quantized: Collection[str]) -> dict[str, _Layer]:
+def _layers(graph_module: GraphModule, config: QuantConfig) -> dict[str, _Layer]:
     found = {}
     for node in calls(graph_module, gaq.irreps_linear.default):
         label, source = str(node.args[-1]), node.args[1]
-        bits = config.for_layer(label).weight_bits
+        bits, activation = config.for_layer(label).weight_bits, config.for_layer(label).activation
         if bits is None or not isinstance(source, Node) or source.op != "get_attr":
             continue  # weights computed at run time stay as they are
-        widest = max(bits, WIDER if label in quantized else WIDEST)
+        floats = activation is None or is_one_hot(node.args[0])  # what the weights are multiplied with
+        widest = max(bits, WIDEST if floats else WIDER)
         choice = tuple(b for b in WEIGHT_BITS if bits <= b <= widest)
         weight = attribute(graph_module, source).detach()
         found[label] = _Layer(weight, linear_spec(str(node.args[3])), choice)

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..api import trace
-from ..config import QuantConfig, resolve
+from ..config import AUTO, QuantConfig, resolve
 from ..errors import ConfigError
 from ..passes.choose_bits import Trial, Variants
 from ..passes.evaluate import Comparison
@@ -32,7 +32,7 @@ class Tradeoff:
     Attributes:
         model, scheme: what was measured.
         points: one per choice, in the order of bytes.
-        float_bytes: what the same weights take in float32.
+        float_bytes: what the same weights, without those left in float by choice, take in float32.
         atoms: how many atoms the force errors are means over.
     """
 
@@ -49,11 +49,11 @@ class Tradeoff:
     def print(self, console: Console | None = None) -> None:
         """Print a table, one choice a line."""
         table = Table(title=f"{self.model} · {self.scheme}: force error against bytes", title_justify="left")
-        for column in ("KiB", "of float32", "dF meV/Å", "dF %", "dE meV/atom"):
+        for column in ("KiB", "of float32", "dF meV/Å", "dF %"):
             table.add_column(column, justify="right")
         for p in self.points:
             e = p.error
-            figures = (f"{e.force_mev_per_a:.3f}", f"{100 * e.force_rel:.3f}", f"{e.energy_mev_per_atom:.3f}")
+            figures = (f"{e.force_mev_per_a:.3f}", f"{100 * e.force_rel:.3f}")
             table.add_row(f"{p.bytes / 1024:.0f}", f"{p.bytes / self.float_bytes:.3f}", *figures)
         (console or Console()).print(table)
 
@@ -77,7 +77,7 @@ class Tradeoff:
 def tradeoff(
     model: nn.Module | str,
     example_graph: Atoms | Sequence[Atoms] | Sequence[Tensor] | Mapping[str, Tensor],
-    scheme: str | QuantConfig = "w4",
+    scheme: str | QuantConfig = AUTO,
     *,
     points: int = 12,
     progress: bool = True,
@@ -97,9 +97,9 @@ def tradeoff(
         StructureError, NoEdgesError, UnknownElementError, CaptureError: as :func:`gaq_compile.quantize`.
     """
     config = resolve(scheme)
-    if points < 2 or not config.rounds_together:
+    if not (isinstance(points, int) and points >= 2 and config.rounds_together):
         raise ConfigError(
-            f"{points} points of {config.scheme!r} are no trade-off",
+            f"{points!r} points of {config.scheme!r} are no trade-off",
             fix="at least 2 points of a scheme with integer weights that is no baseline",
         )
     subject, stages = trace(model, example_graph)

@@ -179,6 +179,15 @@ def test_blocks_that_merge_share_a_grid_but_no_steps(activation: str) -> None:
         assert_close(run(lower(problem, made), x), expected(problem, x, made), tolerance)
 
 
+@pytest.mark.parametrize("weight", ["s8", "s4"])
+@pytest.mark.parametrize("activation", COMMON)
+def test_one_channel_is_a_block_too(activation: str, weight: str) -> None:
+    problem = LinearProblem("1x0e+1x1o+2x2e -> 4x0e+1x1o+3x2e", activation, weight)
+    x, made = tensors(problem, 9)
+    tolerance = 1e-5 if "d" not in activation else 2e-3
+    assert_close(run(lower(problem, made), x), expected(problem, x, made), tolerance)
+
+
 def test_unreached_outputs_are_zero_or_bias() -> None:
     problem = LinearProblem("4x0e+4x1e -> 3x0e+5x0e+2x1e+2x2o | 0:1 1:2", "s8 c8", "s8", bias=True)
     x, made = tensors(problem, 5)

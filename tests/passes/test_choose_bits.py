@@ -158,6 +158,39 @@ def test_an_error_that_cannot_be_kept_is_refused_with_the_least(graph, compariso
         choose_bits(graph, resolve("w4"), observed(graph, resolve("w4")), comparison)
 
 
+def test_what_is_not_a_choice_is_not_the_least(graph, comparison) -> None:
+    """Activations of 16 bits: there is one way to widen them, and float weights are none to choose."""
+    config = resolve("w4a16", max_force_error=1e-3)
+    known = observed(graph, config)
+    with pytest.raises(ConfigError, match="smallest measured is") as caught:
+        choose_bits(graph, config, known, comparison)
+    variants = Variants(graph, config, known, comparison)
+    least = variants.measure(variants.shares(0.0)[-1], 0.0).error.force_mev_per_a
+    assert f"{least:.3g}" in str(caught.value)
+    choice = choose_bits(graph, replace(config, max_force_error=1.05 * least), known, comparison)
+    assert choice.config.max_wide_share is None
+    measured = [(t.max_weight_share, t.max_wide_share) for t in choice.trials]
+    assert len(measured) == len(set(measured)) and {wide for _, wide in measured} == {0.0}
+
+
+@pytest.mark.parametrize("overrides", [{"*": "fp32"}, {"*": {"weight_bits": None}}])
+def test_without_integer_weights_there_is_nothing_to_choose(graph, comparison, overrides) -> None:
+    config = resolve("auto", overrides, max_force_error=5.0)
+    with pytest.raises(ConfigError, match="no layer has integer weights"):
+        choose_bits(graph, config, observed(graph, config), comparison)
+
+
+def test_layers_with_rounded_inputs_stay_at_eight_bits_alone_or_not(graph) -> None:
+    """Whether or not the steps are known yet: integer kernels multiply no wider weights."""
+    config = replace(resolve("w8a8"), max_weight_share=10.0)
+    known = observed(graph, config)
+    alone = round_weights(graph, config, known.costs)
+    together = round_weights(graph, config, known.costs, known.activations(None))
+    assert {w.bits for w in alone.values()} == {w.bits for w in together.values()} == {8}
+    some = resolve(config, {"second": {"activation": None}})
+    assert round_weights(graph, some, known.costs)["second"].bits == 16
+
+
 def trial(share: float, error: float) -> Trial:
     return Trial(share, None, int(100 * share), GraphError(error, 0.0, 0.0))
 

@@ -115,7 +115,7 @@ def _convert(plan: DensePlan, o: Operand) -> list[str]:
         lines.append(f"s = {vector('steps', f'{o.index} + u', lanes)}")
         scheme = activation_scheme(plan.problem.activation)
         if scheme.common:
-            lines.append(f"fine = {vector('fine', f'{o.index} + u', lanes)}")
+            lines.append(f"ratio = {vector('fine', f'{o.index} + u', lanes)}")
         lines += _RULES[o.rule](scheme, o, lanes)
         values = [_stored(plan, o, c, lanes) for c in comps]
     for c, value in zip(comps, values, strict=True):
@@ -209,7 +209,7 @@ def _component(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
     high, low = splat(literal(float(top)), lanes), splat(literal(float(-top)), lanes)
     codes = [f"T.max(T.min(T.nearbyint(v{c} / s), {high}), {low})" for c in range(o.block.components)]
     if scheme.common:
-        codes = [f"T.nearbyint({code} * fine)" for code in codes]
+        codes = [f"T.nearbyint({code} * ratio)" for code in codes]
     return [f"X{c} = {code}" for c, code in enumerate(codes)]
 
 
@@ -224,7 +224,7 @@ def _magnitude(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
 
 def _exact(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
     zero = splat(literal(0.0), lanes)
-    factor = f"f = T.Select(q == {zero}, {zero}, {'q * fine' if scheme.common else 'q'} / m1)"
+    factor = f"f = T.Select(q == {zero}, {zero}, {'q * ratio' if scheme.common else 'q'} / m1)"
     return [*_magnitude(scheme, o, lanes), factor, *(f"X{c} = v{c} * f" for c in range(o.block.components))]
 
 
@@ -232,7 +232,7 @@ def _mddq(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
     comps = range(o.block.components)
     zero = splat(literal(0.0), lanes)
     levels = splat(literal(float(scheme.direction_levels)), lanes)
-    fine = "fine" if scheme.common else splat(literal(2.0 ** scheme.fraction_bits(o.block.l)), lanes)
+    fine = "ratio" if scheme.common else splat(literal(2.0 ** scheme.fraction_bits(o.block.l)), lanes)
     return [
         *_magnitude(scheme, o, lanes),
         f"g = T.Select(q == {zero}, {zero}, {levels} / m1)",

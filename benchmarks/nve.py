@@ -34,7 +34,7 @@ from gaq_compile.potential import Potential
 from gaq_compile.verify.dynamics import Drift, Dynamics, Settings, energy_drift, nve
 from gaq_compile.verify.structures import displaced
 
-SCHEMES = ("fp32", "w8", "w4", "w8a16", "exact-w8a8", "w8a8", "w4a8")
+SCHEMES = ("fp32", "w8", "w4", "w8a16", "w4a16", "w8a8", "w4a8", "exact-w8a8", "naive-w8a8")
 REFERENCE = "fp32"
 CALIBRATION, START = slice(0, 3), 5  # frames of the molecule
 KEPT_FS = 50.0  # between positions that are kept for the reference energy
@@ -279,7 +279,7 @@ def plot(path: Path, runs: list[Run], options: argparse.Namespace) -> None:
     panels[0, 0].legend(fontsize=8)
     panels[-1, 0].set_xlabel("time (ps)")
     figure.suptitle(f"Total energy, {options.model}, {options.molecule}, {options.dt:g} fs")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

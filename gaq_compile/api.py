@@ -30,6 +30,7 @@ from .capture.graphs import CalibratedRange, GraphFormat, Tensors, calibrated_ra
 from .capture.limits import Limits
 from .capture.pretrained import load_model
 from .config import AUTO, DEFAULT_SCHEME, QuantConfig, is_conservative, resolve
+from .datasets import evenly_spaced
 from .errors import AccuracyWarning, ConfigError, NoEdgesError
 from .ir.specs import linear_spec
 from .passes.calibrate import quantization_sites
@@ -209,7 +210,7 @@ class _Subject:
     @property
     def trials(self) -> list[Atoms]:
         """Others of these, for choices that are made by measuring: of every structure, if not too many."""
-        some = _spread(self.structures, MOST_TRIALS)
+        some = evenly_spaced(self.structures, MOST_TRIALS)
         found: list[Atoms] = []
         for k, atoms in enumerate(itertools.islice(itertools.cycle(some), MOST_TRIALS)):
             if k >= max(2, len(some)) and sum(map(len, found)) >= ENOUGH_TO_CHOOSE:
@@ -383,12 +384,6 @@ def _rattled_too(structures: Sequence[Atoms]) -> list[Atoms]:
         for s in structures
     ]
     return [*structures, *moved]
-
-
-def _spread(structures: Sequence[Atoms], most: int) -> list[Atoms]:
-    """At most so many, evenly from the first to the last."""
-    count = min(most, len(structures))
-    return [structures[round(k * (len(structures) - 1) / max(1, count - 1))] for k in range(count)]
 
 
 def _moved(atoms: Atoms, stdev: float, seed: int) -> Atoms:

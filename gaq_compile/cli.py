@@ -263,9 +263,10 @@ def _tell(kind: str, style: str, what: object) -> None:
 
 def _read_structures(path: Path, frames: int) -> list[Atoms]:
     """At most ``frames`` structures of a file, evenly spaced, the first included."""
-    import numpy as np
     from ase.io import read
     from ase.io.formats import UnknownFileTypeError
+
+    from .datasets import evenly_spaced
 
     try:
         found = read(str(path), index=":")
@@ -277,10 +278,9 @@ def _read_structures(path: Path, frames: int) -> list[Atoms]:
     structures = found if isinstance(found, list) else [found]
     if not structures:
         raise StructureError("a file without structures", where=str(path), fix="pass one that has some")
-    if len(structures) <= frames:
-        return structures
-    _stderr().print(f"using {frames} of {len(structures)} structures (--frames)", highlight=False)
-    return [structures[i] for i in np.linspace(0, len(structures) - 1, frames).round().astype(int)]
+    if len(structures) > frames:
+        _stderr().print(f"using {frames} of {len(structures)} structures (--frames)", highlight=False)
+    return evenly_spaced(structures, frames)
 
 
 def _original_name(potential: Potential, named: str | None) -> str | None:

@@ -1,13 +1,18 @@
-"""Structures that come with the package: frames of four molecules, with reference energies and forces."""
+"""Structures that come with the package (rMD17 frames with reference labels), and how to take some of many."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from importlib import resources
+from typing import TypeVar
 
+import numpy as np
 from ase import Atoms
 
 from .errors import ConfigError
+
+T = TypeVar("T")
 
 EXAMPLES = ("azobenzene", "ethanol", "aspirin", "paracetamol")
 
@@ -31,3 +36,10 @@ def example_structures(name: str) -> list[Atoms]:
     text = (resources.files("gaq_compile") / "data" / f"{name}.xyz").read_text(encoding="utf-8")
     frames = read(io.StringIO(text), index=":", format="extxyz")
     return frames if isinstance(frames, list) else [frames]
+
+
+def evenly_spaced(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of ``items``, from the first to the last; one alone is the first."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gaq_compile.datasets import EXAMPLES, example_structures
+from gaq_compile.datasets import EXAMPLES, evenly_spaced, example_structures
 from gaq_compile.errors import ConfigError
 
 SIZES = {
@@ -47,3 +47,11 @@ def test_each_call_returns_its_own_frames() -> None:
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(ConfigError, match="azobenzene, ethanol"):
         example_structures("water")
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "taken"),
+    [(0, 3, []), (2, 3, [0, 1]), (3, 3, [0, 1, 2]), (7, 1, [0]), (10, 2, [0, 9]), (40, 4, [0, 13, 26, 39])],
+)
+def test_some_of_many_reach_from_the_first_to_the_last(count: int, most: int, taken: list[int]) -> None:
+    assert evenly_spaced(range(count), most) == taken

@@ -89,12 +89,12 @@ def weigh_channels(
         StructureError: if calibration meets NaN or infinite activations or gradients.
     """
     found = ChannelCosts()
-    share = 1.0 / max(1, sum(len(batch[form.inputs.index(form.positions or "numbers")]) for batch in batches))
+    named = [dict(zip(form.inputs, batch, strict=True)) for batch in batches]
+    share = 1.0 / max(1, sum(_atoms(inputs, form) for inputs in named))
     random = torch.Generator().manual_seed(0)
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("weighing channels", total=len(batches) * (1 + 2 * DRAWS))
-        for batch in batches:
-            inputs = dict(zip(form.inputs, batch, strict=True))
+        for inputs in named:
             here = _Rows.of(graph_module, form, inputs, sites)
             bar.advance(task)
             here.add(found, share * ENERGY_WEIGHT)

@@ -136,7 +136,7 @@ def sensitivity(
     tests = subject.batches_alone(subject.tests)
     observed = observe(prepared, config, subject.form, calibration, progress)
     variants = _Variants(prepared, config, observed)
-    alone = [v for v in variants.alone() if fnmatchcase(v[0], nodes)]
+    alone = list(variants.alone(nodes))
     if not alone:
         raise ConfigError(
             f"{config.scheme!r} quantizes no node that matches {nodes!r}",
@@ -160,17 +160,21 @@ class _Variants:
     config: QuantConfig
     observed: Observed
 
-    def alone(self) -> Iterator[tuple[str, str, str, int, GraphModule]]:
-        """(label, what, bits, bytes, graph) of every node, quantized alone."""
+    def alone(self, nodes: str) -> Iterator[tuple[str, str, str, int, GraphModule]]:
+        """(label, what, bits, bytes, graph) of every node that a pattern matches, quantized alone."""
         nothing = QuantConfig("nothing")
         specs = {
             str(n.args[-1]): linear_spec(str(n.args[3]))
             for n in calls(self.prepared, gaq.irreps_linear.default)
         }
         for label, weight in round_weights(self.prepared, self.config, self.observed.costs).items():
+            if not fnmatchcase(label, nodes):
+                continue
             graph = insert_mddq(self.prepared, nothing, {}, {label: weight})
             yield label, "weights", f"s{weight.bits}", weight_bytes(specs[label], weight.bits), graph
         for label, site in self._activations().items():
+            if not fnmatchcase(label, nodes):
+                continue
             only = QuantConfig("one", overrides=(Override(glob.escape(label), None, site.scheme),))
             yield label, "activations", site.scheme, 0, insert_mddq(self.prepared, only, {label: site}, {})
 

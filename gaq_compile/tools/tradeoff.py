@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..api import trace
 from ..config import AUTO, QuantConfig, resolve
+from ..datasets import evenly_spaced
 from ..errors import ConfigError
 from ..passes.choose_bits import Trial, Variants
 from ..passes.evaluate import Comparison
@@ -109,15 +110,9 @@ def tradeoff(
     variants = Variants(prepared, config, observed, comparison)
     wide = config.max_wide_share
     with Progress(disable=not progress, transient=True) as bar:
-        shares = _spread(variants.shares(wide), points)
+        shares = evenly_spaced(variants.shares(wide), points)
         for share in bar.track(shares, description="measuring"):
             variants.measure(share, wide)
     return Tradeoff(
         subject.name, config.scheme, tuple(variants.trials), variants.float_bytes(wide), comparison.atoms
     )
-
-
-def _spread(shares: Sequence[float], points: int) -> list[float]:
-    """At most so many of the shares, from the first to the last, evenly in their order."""
-    count = min(points, len(shares))
-    return [shares[round(k * (len(shares) - 1) / max(1, count - 1))] for k in range(count)]

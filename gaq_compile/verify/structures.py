@@ -51,7 +51,7 @@ def rotated(atoms: Atoms, rotation: np.ndarray) -> Atoms:
 
 
 def strained(atoms: Atoms, strain: np.ndarray) -> Atoms:
-    """Positions and cell under a homogeneous strain: ``x' = x @ (1 + strain)``, strain symmetric."""
+    """Positions and cell under a homogeneous strain: ``x' = x @ (1 + strain)``; symmetric: no rotation."""
     deformation = np.eye(3) + np.asarray(strain)
     deformed = _plain(atoms)
     deformed.set_cell(np.asarray(deformed.cell.array) @ deformation, scale_atoms=False)

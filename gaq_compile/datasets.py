@@ -1,4 +1,4 @@
-"""Structures that come with the package (rMD17 frames with reference labels), and how to take some of many."""
+"""Structures that come with the package (rMD17 frames with labels), and how to take some of many."""
 
 from __future__ import annotations
 

@@ -36,9 +36,11 @@ from .ir.specs import linear_spec
 from .passes.calibrate import quantization_sites
 from .passes.choose_bits import choose_bits
 from .passes.evaluate import Comparison
+from .passes.fuse_rows import fuse_rows
 from .passes.graph_tools import attribute, gaq
 from .passes.lower import Placement, lower
 from .passes.observe import Observed, observe
+from .passes.pack_rows import pack_rows
 from .passes.pipeline import prepare, quantize_graph
 from .potential import Potential
 from .verify import checks
@@ -179,9 +181,10 @@ def load(
     from .io import read
 
     content = read(Path(path))
-    lowered, placements = lower(content.graph, _backends(backend, target), strict)
+    fused = pack_rows(fuse_rows(content.graph, content.form))
+    lowered, placements = lower(fused, _backends(backend, target), strict)
     report = replace(content.report, placements=placements)
-    graphs = {"fold_integers": content.graph, "lower": lowered}
+    graphs = {"fold_integers": content.graph, "fuse_rows": fused, "lower": lowered}
     return Potential(graphs, content.form, content.config, report, content.calibrated)
 
 
@@ -322,8 +325,9 @@ def _build(trace: _Trace, config: QuantConfig) -> _Built:
     observed = observe(trace.prepared, config, subject.form, calibration, trace.progress)
     config, choice = _chosen(trace, config, observed)
     stages = quantize_graph(trace.prepared, config, observed, subject.form, subject.example, calibration)
-    lowered, placements = lower(stages["fold_integers"], trace.backends, trace.strict, trace.progress)
-    graphs = {**stages, "lower": lowered}
+    fused = pack_rows(fuse_rows(stages["fold_integers"], subject.form))
+    lowered, placements = lower(fused, trace.backends, trace.strict, trace.progress)
+    graphs = {**stages, "fuse_rows": fused, "lower": lowered}
     blank = _blank_report(subject, config, trace.backends[0])
     return _Built(config, choice, graphs, placements, Potential(graphs, subject.form, config, blank))
 

@@ -127,6 +127,11 @@ def sort_edges(senders: Tensor, receivers: Tensor, num_nodes: int) -> list[Tenso
     return lists
 
 
+def sum_rows(values: Tensor, index: Tensor, rows: int) -> Tensor:
+    """``out[n] = sum_{e: index[e]=n} values[e]``: zeros where no row has the index."""
+    return values.new_zeros(rows, *values.shape[1:]).index_add_(0, index, values)
+
+
 def conv(x: Tensor, sh: Tensor, weight: Tensor, edges: list[Tensor], spec: str) -> Tensor:
     """``out[n] = sum_{e: receivers[e]=n} TP(x[senders[e]], sh[e], weight[e])``."""
     senders, receivers = edges[0].long(), edges[1].long()

@@ -319,6 +319,17 @@ def _(senders, receivers, num_nodes):  # type: ignore[no-untyped-def]
     return [empty(e), empty(e), empty(num_nodes + 1), empty(e), empty(num_nodes + 1), empty(e)]
 
 
+@_custom("sum_rows")
+def sum_rows(values: Tensor, index: Tensor, rows: int, width: int, label: str) -> Tensor:
+    """Rows of ``width`` elements added up by index: (E, ...) -> (rows, ...)."""
+    return ref.sum_rows(values, index, rows)
+
+
+@sum_rows.register_fake
+def _(values, index, rows, width, label):  # type: ignore[no-untyped-def]
+    return values.new_empty(rows, *values.shape[1:])
+
+
 @_custom("conv")
 def conv(x: Tensor, sh: Tensor, weight: Tensor, edges: Sequence[Tensor], spec: str, label: str) -> Tensor:
     """Gather, tensor product and scatter as one: (N, dim_x) -> (N, dim_out)."""

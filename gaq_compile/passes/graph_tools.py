@@ -89,3 +89,12 @@ def add_buffer(module: nn.Module, name: str, value: Tensor) -> str:
         free, count = f"{clean}_{count}", count + 1
     module.register_buffer(free, value)
     return free
+
+
+def is_pure(node: Node) -> bool:
+    """Whether a node calls one of torch's own operators that only computes from its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or getattr(node.target, "namespace", "") != "aten" or schema is None:
+        return False
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return not (schema.is_mutable or random or "assert" in schema.name)

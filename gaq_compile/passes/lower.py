@@ -1,4 +1,4 @@
-"""Each gaq node to the first backend that says it can run it; the rest falls back, with its reason.
+"""Each gaq node and each group of rows to the first backend that says it can run it; the rest falls back.
 
 Before: ``y = gaq.int_irreps_linear(x, steps, codes, scale, None, spec, 's8 m8d8', 8, False, label)``
 After:  ``y = self.tvm_label(x)``   with ``node.meta["runs_on"] == "tvm s8·s8→s32 + s16·s8→s32"``
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ..errors import LoweringError
+from .fuse_rows import FusedRows, fused_rows
 from .graph_tools import attribute, copied, finished, gaq
 
 # Ordering edges is index work, not arithmetic: it stays with torch by design, not by fallback.
@@ -59,6 +60,9 @@ class Backend(Protocol):
             node: a call of a ``gaq::`` operator.
             attribute: reads the tensor behind a ``get_attr`` node.
         """
+
+    def lower_rows(self, fused: FusedRows) -> Lowered | Refused:
+        """A kernel for a group of torch's operators, whose arguments and results are the group's own."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,15 @@ def lower(
     """
     gm = copied(graph_module)
     nodes = [n for n in gm.graph.nodes if _is_gaq(n) and n.target not in _HOST_OPERATORS]
+    groups = [(n, fused) for n in gm.graph.nodes if (fused := fused_rows(gm, n)) is not None]
     placements: list[Placement] = []
     with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("lowering", total=len(nodes))
+        task = bar.add_task("lowering", total=len(nodes) + len(groups))
         for node in nodes:
             placements.append(_place(gm, node, backends))
+            bar.advance(task)
+        for node, fused in groups:
+            placements.append(_place_rows(gm, node, fused, backends))
             bar.advance(task)
     refused = [p for p in placements if p.reason is not None]
     if strict and refused:
@@ -157,6 +165,29 @@ def _place(gm: GraphModule, node: Node, backends: Sequence[Backend]) -> Placemen
             integer_weights=node.target is gaq.int_irreps_linear.default,
         )
     raise LoweringError(f"no backend runs {node.target}", where=_label(node), fix="; ".join(reasons))
+
+
+def _place_rows(gm: GraphModule, node: Node, fused: FusedRows, backends: Sequence[Backend]) -> Placement:
+    """The group's module becomes a kernel's, or stays as it is and torch runs it."""
+    reasons: list[str] = []
+    for backend in backends:
+        answer = backend.lower_rows(fused)
+        if isinstance(answer, Refused):
+            reasons.append(f"{backend.name}: {answer.reason}")
+            continue
+        setattr(gm, str(node.target), KernelCall(answer.run, f"{backend.name} {answer.arithmetic}"))
+        node.meta["runs_on"] = f"{backend.name} {answer.arithmetic}"
+        node.meta["label"], node.meta["op"] = str(node.target), "rows"
+        return Placement(
+            node=node.name,
+            label=f"{fused.operators} operators on {fused.rows}s",
+            op="rows",
+            backend=backend.name,
+            arithmetic=answer.arithmetic,
+            reason="; ".join(reasons) or None,
+            integer_weights=False,
+        )
+    raise LoweringError(f"no backend runs {node.target}", fix="; ".join(reasons))
 
 
 def _label(node: Node) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from ...operators.registration import ops
+from ...passes.fuse_rows import FusedRows
 from ..base import Attribute, Lowered, Refused, register_backend
 
 _INTEGER_WEIGHTS = ops.int_irreps_linear.default
@@ -25,6 +26,10 @@ class ReferenceBackend:
         operator: Any = node.target
         simulated = " (integers simulated)" if operator is _INTEGER_WEIGHTS else ""
         return Lowered(operator, f"f32{simulated}", node.args)
+
+    def lower_rows(self, fused: FusedRows) -> Lowered | Refused:
+        """Always yes: torch's operators one by one."""
+        return Lowered(fused, "f32", ())
 
 
 register_backend("reference", ReferenceBackend)

@@ -12,6 +12,7 @@ from ...ir.layout import lmax
 from ...ir.specs import linear_spec
 from ...numerics.packing import unpack_int4
 from ...operators.registration import ops
+from ...passes.fuse_rows import FusedRows
 from ..base import Attribute, Lowered, Refused, register_backend
 from .build import host_target, tvm_version
 from .conv import conv_backward, conv_forward
@@ -27,6 +28,9 @@ from .pointwise import (
     lower_product,
     lower_product_backward,
 )
+from .rows_kernel import lower_rows
+from .rows_plan import UnsupportedRowsError
+from .sum_rows_kernel import lower_sum_rows
 
 LEARNED = "learned directions are a baseline, and have no generated kernel"
 
@@ -55,6 +59,13 @@ class TVMBackend:
         if rule is None:
             return Refused(f"no generated kernel for {node.target}")
         return rule(node, attribute, self.target)
+
+    def lower_rows(self, fused: FusedRows) -> Lowered | Refused:
+        """One generated kernel for the group, or why there is none."""
+        try:
+            return Lowered(lower_rows(fused, self.target), "f32", ())
+        except UnsupportedRowsError as reason:
+            return Refused(str(reason))
 
 
 def _constant(node: object) -> bool:
@@ -116,6 +127,10 @@ def _gate_backward(node: Node, attribute: Attribute, target: str) -> Lowered | R
     return Lowered(lower_gate_backward(str(node.args[-2]), target), "f32", node.args[:-2])
 
 
+def _sum_rows(node: Node, attribute: Attribute, target: str) -> Lowered | Refused:
+    return Lowered(lower_sum_rows(int(node.args[3]), target), "f32", node.args[:3])  # type: ignore[call-overload]
+
+
 def _product(node: Node, attribute: Attribute, target: str) -> Lowered | Refused:
     return Lowered(lower_product(str(node.args[-2]), target), "f32", node.args[:-2])
 
@@ -158,6 +173,7 @@ def _mddq_backward(node: Node, attribute: Attribute, target: str) -> Lowered | R
 _RULES: dict[object, Rule] = {
     ops.irreps_linear.default: _float_linear,
     ops.int_irreps_linear.default: _integer_linear,
+    ops.sum_rows.default: _sum_rows,
     ops.conv.default: _conv,
     ops.conv_backward.default: _conv_backward,
     ops.gate.default: _gate,

@@ -1,4 +1,4 @@
-"""What the small kernels share: a loop over rows, and nonlinearities that vectorise.
+"""What the small kernels share: a loop over rows, and functions that vectorise.
 
 A parallel region costs some 7 microseconds while the threads are awake and 40 when they sleep
 (measured), more than a small molecule's whole gate. So a kernel with little to do runs on the
@@ -7,6 +7,7 @@ calling thread, and a larger one in parallel over blocks of rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from .emit import literal, loop, splat
@@ -16,7 +17,7 @@ _SERIAL_WORK = 16384  # floats touched below which threads cost more than they b
 _BLOCK_WORK = 4096  # floats touched per block of rows
 
 
-def row_loop(body: Sequence[str], work: int, *, step: int = 1) -> list[str]:
+def row_loop(body: Sequence[str], work: int, *, step: int = 1, setup: Sequence[str] = ()) -> list[str]:
     """Run ``body`` for every row, or for every tile of ``step`` rows.
 
     Args:
@@ -24,6 +25,7 @@ def row_loop(body: Sequence[str], work: int, *, step: int = 1) -> list[str]:
             from ``n`` on do not exist.
         work: floats read and written per row, which decides about threads and block sizes.
         step: rows per tile.
+        setup: statements that come once for each block of rows: memory of the thread is not free.
 
     Returns:
         Statements that use the number of rows, ``n``.
@@ -37,10 +39,10 @@ def row_loop(body: Sequence[str], work: int, *, step: int = 1) -> list[str]:
         f"r in T.serial(T.min({block}, {tiles} - b * {block}))",
         [f"i: T.let = (b * {block} + r){place}", *body],
     )
-    shared = loop(f"b in T.parallel(({tiles} + {block - 1}) // {block})", inner)
+    shared = loop(f"b in T.parallel(({tiles} + {block - 1}) // {block})", [*setup, *inner])
     return [
         f"if {tiles} <= {serial}:",
-        *("    " + line for line in alone),
+        *("    " + line for line in (*setup, *alone)),
         "else:",
         *("    " + line for line in shared),
     ]
@@ -56,7 +58,7 @@ def at(base: int, lanes: int) -> str:
     return f"{base} + t * {lanes}"
 
 
-# --- exp, log1p and tanh as polynomials ---------------------------------------------------------
+# --- functions as polynomials -------------------------------------------------------------------
 # LLVM turns a vector's exp into one library call per lane, which is some ten times slower.
 
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
@@ -66,6 +68,20 @@ _EXP_RANGE = (-87.3, 89.0)  # below: the smallest normal number; above: infinity
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
 _TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
 _TANH_SMALL = 0.625
+_TINY, _SQRT_HALF = 1.1754943508222875e-38, 0.70710678118654752
+_LOG = (
+    7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
+    -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
+)  # fmt: skip
+_TWO_OVER_PI = 0.63661977236758134
+_HALF_PI = (1.5703125, 4.837512969970703125e-4, 7.54978995489188216e-8)  # in parts, of which sums are exact
+_SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+_COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+_ERF_P = 0.3275911
+_ERF_FAR = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+_ERF_NEAR = tuple(
+    1.1283791670955126 * (-1.0) ** k / (math.factorial(k) * (2 * k + 1)) for k in range(6, -1, -1)
+)
 _ATANH = tuple(1.0 / k for k in (15, 13, 11, 9, 7, 5, 3))
 
 
@@ -134,6 +150,56 @@ class Emitter:
         z = self.let(f"{t} / ({t} + {self.number(2.0)})")
         p = self.polynomial(self.let(f"{z} * {z}"), (*_ATANH, 1.0))
         return self.let(f"T.max({zero}, {x}) + {self.number(2.0)} * {z} * {p}")
+
+    def log(self, x: str) -> str:
+        """Natural logarithm to 1e-7; -infinity of 0, NaN below. Subnormal numbers count as 1.2e-38."""
+        bits = self.let(f'T.reinterpret("{self._type("int32")}", T.max({x}, {self.number(_TINY)}))')
+        exponent = self.let(f"T.shift_right({bits}, {self._int(23)}) - {self._int(126)}")
+        low = f"T.bitwise_or(T.bitwise_and({bits}, {self._int(0x007FFFFF)}), {self._int(0x3F000000)})"
+        half = self.let(f'T.reinterpret("{self._type("float32")}", {low})')  # in [1/2, 1)
+        small = self.let(
+            f"T.Select({half} < {self.number(_SQRT_HALF)}, {self.number(1.0)}, {self.number(0.0)})"
+        )
+        e = self.let(f'T.Cast("{self._type("float32")}", {exponent}) - {small}')
+        m = self.let(f"{half} - {self.number(1.0)} + {small} * {half}")
+        z = self.let(f"{m} * {m}")
+        y = self.let(f"{self.polynomial(m, _LOG)} * {m} * {z} + {e} * {self.number(_LN2_LOW)}")
+        value = self.let(f"{m} + ({y} - {self.number(0.5)} * {z}) + {e} * {self.number(_LN2_HIGH)}")
+        zero = self.number(0.0)
+        edge = f"T.Select({x} < {zero}, {self._infinity()} - {self._infinity()}, {zero} - {self._infinity()})"
+        return self.let(f"T.Select({x} > {zero}, {value}, {edge})")
+
+    def sine(self, x: str, quarter: int = 0) -> str:
+        """sin(x + quarter * pi / 2) to 2e-7 for |x| < 1000: quarter 1 is the cosine."""
+        shifted = self.let(f"{x} * {self.number(_TWO_OVER_PI)} + {self.number(_ROUND)}")
+        n = self.let(f'T.reinterpret("{self._type("int32")}", {shifted}) - {self._int(_ROUND_BITS)}')
+        k = self.let(f'T.Cast("{self._type("float32")}", {n})')
+        r = x
+        for part in _HALF_PI:
+            r = self.let(f"{r} - {k} * {self.number(part)}")
+        z = self.let(f"{r} * {r}")
+        odd = self.let(f"{r} + {r} * {z} * {self.polynomial(z, _SIN)}")
+        half = f"{self.number(1.0)} - {self.number(0.5)} * {z}"
+        even = self.let(f"{half} + {z} * {z} * {self.polynomial(z, _COS)}")
+        turn = self.let(f"{n} + {self._int(quarter)}")
+        pick = f"T.bitwise_and({turn}, {self._int(1)}) == {self._int(0)}"
+        value = self.let(f"T.Select({pick}, {odd}, {even})")
+        positive = f"T.bitwise_and({turn}, {self._int(2)}) == {self._int(0)}"
+        return self.let(f"T.Select({positive}, {value}, {self.number(0.0)} - {value})")
+
+    def erf(self, x: str) -> str:
+        """Error function to 3e-7, relative; Abramowitz and Stegun 7.1.26, and its series near 0."""
+        square, size = self.let(f"{x} * {x}"), self.let(f"T.fabs({x})")
+        near = self.let(f"{x} * {self.polynomial(square, _ERF_NEAR)}")
+        one = self.number(1.0)
+        t = self.let(f"{one} / ({one} + {self.number(_ERF_P)} * {size})")
+        e = self.exp(self.let(f"{self.number(0.0)} - {square}"))
+        far = self.let(f"{one} - {t} * {self.polynomial(t, _ERF_FAR)} * {e}")
+        signed = self.let(f"T.Select({x} < {self.number(0.0)}, {self.number(0.0)} - {far}, {far})")
+        return self.let(f"T.Select({size} < {self.number(0.5)}, {near}, {signed})")
+
+    def _infinity(self) -> str:
+        return splat('T.reinterpret("float32", T.int32(0x7F800000))', self.lanes)
 
     def tanh(self, x: str) -> str:
         """tanh(x), accurate near zero too."""

@@ -1,0 +1,553 @@
+"""One kernel for a group of row operators (:mod:`gaq_compile.passes.fuse_rows`).
+
+Tiles of rows run in parallel. In a tile, stage after stage: values of few elements per row as vectors
+across its rows, in a straight line; others in loops along each row (:mod:`.rows_plan`). What later
+stages read stays in a scratch of the thread. Sums have a fixed order, so that every run gives the same
+bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ...passes.fuse_rows import FusedRows
+from ...passes.graph_tools import aten
+from .build import compile_kernel
+from .emit import block_lanes, kernel_text, loop, splat
+from .row_kernel import LANES, Emitter, row_loop
+from .rows_plan import Argument, Plan, Stage, Step, UnsupportedRowsError, make_plan
+from .rows_values import TILE, Base, View, contiguous_strides, places
+
+_DTYPES = {torch.float32: "float32", torch.bool: "int8", torch.int64: "int64", torch.int32: "int32"}
+
+
+def lower_rows(fused: FusedRows, target: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The compiled group: its arguments in order -> its results.
+
+    Args:
+        fused: the group.
+        target: a TVM target in JSON.
+
+    Raises:
+        UnsupportedRowsError: for what no kernel is generated for.
+        LoweringError: if TVM rejects the kernel.
+    """
+    plan = make_plan(fused)
+    kernel = compile_kernel(rows_source(plan), target)
+    given = [n for n in fused.graph.nodes if n.op == "placeholder"]
+    used = [k for k, node in enumerate(given) if node in fused.shapes]
+    lead = next(p for p, a in enumerate(plan.arguments) if a.kind in ("rows", "index"))
+    flags = [p for p, a in enumerate(plan.arguments) if a.dtype is torch.bool]
+    constants = [value.contiguous() for value in plan.constants.values()]
+    results = [(row, dtype) for _, row, dtype in plan.outputs]
+
+    def run(*arguments: Any) -> tuple[Tensor, ...]:
+        tensors = [arguments[k] for k in used]
+        n = tensors[lead].shape[0]
+        found = tuple(torch.empty((n, *row), dtype=dtype) for row, dtype in results)
+        for p in flags:
+            tensors[p] = tensors[p].view(torch.int8)
+        kernel(*tensors, *constants, *(t if t.dtype is not torch.bool else t.view(torch.int8) for t in found))
+        return found
+
+    return run
+
+
+def rows_source(plan: Plan) -> str:
+    """TVMScript of ``main(*arguments, *constants, *results)``.
+
+    Raises:
+        UnsupportedRowsError: for an operator without a kernel.
+    """
+    return _Writer(plan).source()
+
+
+class _Writer:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.out = {base: f"o{k}" for k, (base, _, _) in enumerate(plan.outputs)}
+        self.dtypes = {a.name: a.dtype for a in plan.arguments}
+        self.dtypes |= {f"o{k}": dtype for k, (_, _, dtype) in enumerate(plan.outputs)}
+        self.kept = _kept(plan)
+        self.slots: dict[object, int] = {}
+        self.scratch = 0
+        self.work = 0
+
+    def source(self) -> str:
+        body: list[str] = [f"rows: T.let = T.min({TILE}, n - i)"]
+        for k, stage in enumerate(self.plan.stages):
+            body += self._straight(stage, k) if stage.across else self._looped(stage, k)
+        body += self._repeated()
+        buffers, flat = self._buffers()
+        scratch = f'scratch = T.alloc_buffer(({max(1, self.scratch)},), "float32", scope="local")'
+        work = max(1, self.work // TILE)
+        return kernel_text(buffers, [*flat, *row_loop(body, work, step=TILE, setup=[scratch])])
+
+    # --- buffers --------------------------------------------------------------------------------
+
+    def _buffers(self) -> tuple[list[tuple[str, str, str]], list[str]]:
+        """The kernel's parameters, and flat aliases of those with more than one axis."""
+        buffers: list[tuple[str, str, str]] = []
+        flat: list[str] = []
+        constants = {name: tuple(value.shape) for name, value in self.plan.constants.items()}
+        arguments = [a for a in self.plan.arguments if a.name not in constants]
+        results = [
+            Argument(f"o{k}", "rows", row, dtype) for k, (_, row, dtype) in enumerate(self.plan.outputs)
+        ]
+        late = [a for a in self.plan.arguments if a.name in constants]
+        for a in (*arguments, *sorted(late, key=lambda a: list(constants).index(a.name)), *results):
+            first = [] if a.kind == "fixed" else ["n" if a.kind in ("rows", "index") else f"m_{a.name}"]
+            if a.name in constants:
+                first, row = [], constants[a.name]
+            else:
+                row = a.row
+            sizes = [*first, *(str(size) for size in row)]
+            dtype = _DTYPES[a.dtype]
+            buffers.append((a.name, ", ".join(sizes), dtype))
+            if a.kind != "index":
+                total = " * ".join(sizes) or "1"
+                flat.append(f'{a.name}f = T.decl_buffer(({total},), "{dtype}", data={a.name}.data, align=4)')
+        return buffers, flat
+
+    def _slot(self, key: object, size: int) -> int:
+        if key not in self.slots:
+            self.slots[key] = self.scratch
+            self.scratch += size * TILE
+        return self.slots[key]
+
+    def _place(self, base: Base, element: str, row: str = "r") -> tuple[str, str]:
+        """Buffer and index of an element along row ``row`` of the tile."""
+        if base.kind == "value" and base not in self.out:
+            return "scratch", f"{self._slot(base, base.size)} + {row} * {base.size} + {element}"
+        if base.kind == "value":
+            return f"{self.out[base]}f", f"(i + {row}) * {base.size} + {element}"
+        if base.kind == "fixed":
+            return f"{base.name}f", element
+        start = f"(i + {row})" if base.kind == "rows" else f'T.Cast("int32", {base.index}[i + {row}])'
+        return f"{base.name}f", f"{start} * {base.size} + {element}"
+
+    def _float(self, buffer: str, text: str, lanes: int) -> str:
+        kind = "float32" if lanes == 1 else f"float32x{lanes}"
+        flag = self.dtypes.get(buffer.removesuffix("f")) is torch.bool
+        return f'T.Cast("{kind}", {text})' if flag else text
+
+    def _stored(self, buffer: str, text: str, lanes: int) -> str:
+        kind = "int8" if lanes == 1 else f"int8x{lanes}"
+        flag = self.dtypes.get(buffer.removesuffix("f")) is torch.bool
+        return f'T.Cast("{kind}", {text})' if flag else text
+
+    # --- across rows ----------------------------------------------------------------------------
+
+    def _straight(self, stage: Stage, k: int) -> list[str]:
+        e = Emitter(TILE, f"s{k}_")
+        values: dict[Base, list[str]] = {}
+        loads: list[str] = []
+        known: dict[object, str] = {}
+
+        def element(view: View, place: Sequence[int]) -> str:
+            base, at = view.base, view.flat(place)
+            if base.kind == "number":
+                return e.number(base.number)
+            if base in values:
+                return values[base][at]
+            if (base, at) not in known:
+                known[base, at] = e.let(self._across_load(base, at, loads))
+            return known[base, at]
+
+        for step in stage.steps:
+            found = self._components(step, element, e)
+            values[step.result] = self._held(found, step, e) if step.op != "copy" else found
+            self.work += 2 * TILE * step.result.size
+        stores, copies = [], []
+        for base, names in values.items():
+            if base in self.kept or base in self.out:
+                slot = self._slot(base, base.size)
+                stores += [
+                    f"scratch[T.ramp({slot + j * TILE}, 1, {TILE})] = {v}" for j, v in enumerate(names)
+                ]
+            if base in self.out:
+                buffer, slot = f"{self.out[base]}f", self._slot(base, base.size)
+                for j in range(base.size):
+                    value = self._stored(buffer, f"scratch[{slot + j * TILE} + r]", 1)
+                    copies.append(f"{buffer}[(i + r) * {base.size} + {j}] = {value}")
+                    self.work += TILE
+        loading = loop("r in T.serial(rows)", loads) if loads else []
+        return [*loading, *e.lines, *stores, *(loop("r in T.serial(rows)", copies) if copies else [])]
+
+    def _held(self, names: list[str], key: object, e: Emitter) -> list[str]:
+        """Results in memory.
+
+        TVM's simplifier puts the values of names into what uses them: a chain of squares would grow
+        without bound.
+        """
+        slot = self._slot(key, len(names))
+        places = [f"scratch[T.ramp({slot + j * TILE}, 1, {TILE})]" for j in range(len(names))]
+        e.lines += [f"{place} = {name}" for place, name in zip(places, names, strict=True)]
+        return places
+
+    def _across_load(self, base: Base, at: int, loads: list[str]) -> str:
+        """One element of every row of the tile; fetched from along the rows if it lies there."""
+        if base.kind == "fixed":
+            return splat(f"{base.name}f[{at}]", TILE)
+        if base.kind == "value" and base.across:
+            return f"scratch[T.ramp({self._slot(base, base.size) + at * TILE}, 1, {TILE})]"
+        fetched = (base, at, "across") in self.slots
+        slot = self._slot((base, at, "across"), 1)
+        if not fetched:
+            buffer, index = self._place(base, str(at))
+            loads.append(f"scratch[{slot} + r] = {self._float(buffer, f'{buffer}[{index}]', 1)}")
+            self.work += TILE
+        return f"scratch[T.ramp({slot}, 1, {TILE})]"
+
+    def _components(self, step: Step, element: Callable[[View, Sequence[int]], str], e: Emitter) -> list[str]:
+        """The result's elements, as names."""
+        if step.op == "cat":
+            return [element(view, place) for view in step.operands for place in _cat_places(step, view)]
+        if step.op == "sum":
+            (view,) = step.operands
+            found = []
+            for kept in places(step.shape):
+                inner = [
+                    range(n) if m == 1 else [p] for n, m, p in zip(view.shape, step.shape, kept, strict=True)
+                ]
+                terms = [element(view, place) for place in _grid(inner)]
+                found.append(_added(e, terms))
+            return found
+        if step.op == "product":
+            left, right = step.operands
+            found = []
+            for column in range(right.shape[1]):
+                pairs = [
+                    f"{element(left, (j,))} * {element(right, (j, column))}" for j in range(right.shape[0])
+                ]
+                found.append(e.let(" + ".join(pairs)))
+            return found
+        views = step.operands
+        if step.op == "copy":
+            return [element(views[0], place) for place in places(step.shape)]
+        return [
+            emit_operator(e, step.node, [element(v, place) for v in views]) for place in places(step.shape)
+        ]
+
+    # --- along rows -----------------------------------------------------------------------------
+
+    def _looped(self, stage: Stage, k: int) -> list[str]:
+        if stage.steps[0].op == "cat":
+            return self._concatenated(stage.steps[0])
+        shape = stage.shape
+        lanes = block_lanes(shape[-1], LANES)
+        e = Emitter(lanes, f"s{k}_")
+        values: dict[Base, str] = {}
+        known: dict[str, str] = {}
+        before: list[str] = []
+        after: list[str] = []
+
+        def operand(view: View, step_shape: tuple[int, ...]) -> str:
+            if view.base in values:
+                return values[view.base]
+            text = self._along_load(view, step_shape, lanes)
+            if text not in known:
+                known[text] = e.let(text)
+                self.work += TILE * math.prod(shape)
+            return known[text]
+
+        for step in stage.steps:
+            if step.reduces:
+                self._reduced(step, operand, e, before, after, lanes)
+                continue
+            if step.op == "product":
+                value = self._widened(step, e, lanes)
+            else:
+                inputs = [operand(v, step.shape) for v in step.operands]
+                value = inputs[0] if step.op == "copy" else emit_operator(e, step.node, inputs)
+            values[step.result] = value
+            self.work += 2 * TILE * math.prod(shape)
+            if step.result in self.kept or step.result in self.out:
+                self._store_along(step, value, e, lanes)
+        lines = [*before, *loop(f"t in T.serial({shape[-1] // lanes})", e.lines), *after]
+        for axis in range(len(shape) - 2, -1, -1):
+            lines = loop(f"d{axis} in T.serial({shape[axis]})", lines)
+        return loop("r in T.serial(rows)", lines)
+
+    def _store_along(self, step: Step, value: str, e: Emitter, lanes: int) -> None:
+        strides = contiguous_strides(step.shape)
+        if step.result.across:  # a narrow value can be copied from here; it stays across
+            raise UnsupportedRowsError(f"{step.node}: a narrow value in a loop along rows")
+        buffer, index = self._place(step.result, _offset(0, strides, step.shape, lanes))
+        place = index if lanes == 1 else f"T.ramp({index}, 1, {lanes})"
+        e.lines.append(f"{buffer}[{place}] = {self._stored(buffer, value, lanes)}")
+
+    def _along_load(self, view: View, step_shape: tuple[int, ...], lanes: int) -> str:
+        base = view.base
+        if base.kind == "number":
+            return splat(f"T.float32({base.number!r})", lanes)
+        last = _last_stride(view.strides, step_shape)
+        offset = _offset(view.offset, view.strides, step_shape, lanes)
+        if base.kind == "value" and base.across:
+            buffer, index, last = (
+                "scratch",
+                f"{self._slot(base, base.size)} + ({offset}) * {TILE} + r",
+                last * TILE,
+            )
+        else:
+            buffer, index = self._place(base, offset)
+        if lanes == 1 or last == 0:
+            return splat(self._float(buffer, f"{buffer}[{index}]", 1), lanes)
+        return self._float(buffer, f"{buffer}[T.ramp({index}, {last}, {lanes})]", lanes)
+
+    def _widened(self, step: Step, e: Emitter, lanes: int) -> str:
+        """A product of a narrow row with a constant matrix of wide rows."""
+        left, right = step.operands
+        total = ""
+        for j in range(right.shape[0]):
+            matrix = View(right.base, right.shape[1:], right.strides[1:], right.offset + j * right.strides[0])
+            row = View(left.base, right.shape[1:], (0,), left.flat((j,)))
+            factors = (self._along_load(view, right.shape[1:], lanes) for view in (row, matrix))
+            term = " * ".join(factors)
+            total = e.let(f"{total} + {term}" if total else term)
+        return total
+
+    def _reduced(
+        self,
+        step: Step,
+        operand: Callable[[View, tuple[int, ...]], str],
+        e: Emitter,
+        before: list[str],
+        after: list[str],
+        lanes: int,
+    ) -> None:
+        """A sum over the loop's last axis, or a product with narrow columns: lanes are added at the end."""
+        self.work += 2 * TILE * math.prod(step.shape)
+        x = operand(step.operands[0], step.shape)
+        columns = 1
+        factors = [""]
+        if step.op == "product":
+            right = step.operands[1]
+            columns = right.shape[1]
+            views = [
+                View(right.base, right.shape[:1], right.strides[:1], right.offset + c * right.strides[1])
+                for c in range(columns)
+            ]
+            factors = [f" * {self._along_load(v, step.shape, lanes)}" for v in views]
+        start = self._slot((step, "sums"), -(-columns * lanes // TILE))
+        outer = tuple(n for n in step.shape if n != 1)[:-1]
+        for c, factor in enumerate(factors):
+            first, name = start + c * lanes, "scratch"
+            place = str(first) if lanes == 1 else f"T.ramp({first}, 1, {lanes})"
+            before.append(f"{name}[{place}] = {splat('T.float32(0.0)', lanes)}")
+            e.lines.append(f"{name}[{place}] = {name}[{place}] + {x}{factor}")
+            half = lanes // 2
+            while half > 1:
+                low, high = f"T.ramp({first}, 1, {half})", f"T.ramp({first + half}, 1, {half})"
+                after.append(f"{name}[{low}] = {name}[{low}] + {name}[{high}]")
+                half //= 2
+            total = f"{name}[{first}]" + (f" + {name}[{first + 1}]" if lanes > 1 else "")
+            flat = " + ".join(f"d{k} * {s}" for k, s in enumerate(contiguous_strides(outer))) or "0"
+            after.append(self._store_reduced(step.result, f"{flat} + {c}" if columns > 1 else flat, total))
+
+    def _store_reduced(self, base: Base, element: str, total: str) -> str:
+        if base.across:
+            return f"scratch[{self._slot(base, base.size)} + ({element}) * {TILE} + r] = {total}"
+        buffer, index = self._place(base, element)
+        return f"{buffer}[{index}] = {total}"
+
+    def _concatenated(self, step: Step) -> list[str]:
+        """Copies of the parts, one after another."""
+        lines: list[str] = []
+        for view in step.operands:
+            axis = _cat_axis(step)
+            start = sum(v.shape[axis] for v in step.operands[: step.operands.index(view)])
+            strides = contiguous_strides(step.shape)
+            sizes = [k for k, n in enumerate(view.shape) if n != 1]
+            source = _offset(view.offset, view.strides, view.shape, 1)
+            target = _offset(start * strides[axis], strides, view.shape, 1)
+            if view.base.kind == "value" and view.base.across:
+                read = f"scratch[{self._slot(view.base, view.base.size)} + ({source}) * {TILE} + r]"
+            elif view.base.kind == "number":
+                read = f"T.float32({view.base.number!r})"
+            else:
+                buffer, index = self._place(view.base, source)
+                read = self._float(buffer, f"{buffer}[{index}]", 1)
+            buffer, index = self._place(step.result, target)
+            inner = [f"{buffer}[{index}] = {read}"]
+            shape = [view.shape[k] for k in sizes] or [1]
+            inner = loop(f"t in T.serial({shape[-1]})", inner)
+            for k in range(len(shape) - 2, -1, -1):
+                inner = loop(f"d{k} in T.serial({shape[k]})", inner)
+            lines += inner
+            self.work += 2 * TILE * view.size
+        return loop("r in T.serial(rows)", lines)
+
+    def _repeated(self) -> list[str]:
+        """Results that are the same value twice, and narrow ones that a loop along rows has made."""
+        lines: list[str] = []
+        straight = {s.result for stage in self.plan.stages if stage.across for s in stage.steps}
+        for k, (base, _, _) in enumerate(self.plan.outputs):
+            name = f"o{k}"
+            if name == self.out[base] and (base in straight or not base.across):
+                continue
+            for j in range(base.size if base.across else 1):
+                if base.across:
+                    read, write = (
+                        f"scratch[{self._slot(base, base.size) + j * TILE} + r]",
+                        f"(i + r) * {base.size} + {j}",
+                    )
+                    lines.append(f"{name}f[{write}] = {self._stored(name, read, 1)}")
+                else:
+                    write = f"(i + r) * {base.size} + t"
+                    lines += loop(
+                        f"t in T.serial({base.size})", [f"{name}f[{write}] = {self.out[base]}f[{write}]"]
+                    )
+        return loop("r in T.serial(rows)", lines) if lines else []
+
+
+def _kept(plan: Plan) -> set[Base]:
+    """Values that a later stage reads."""
+    found: set[Base] = set()
+    for stage in plan.stages:
+        own = {step.result for step in stage.steps}
+        found |= {v.base for step in stage.steps for v in step.operands if v.base not in own}
+    return {base for base in found if base.kind == "value"}
+
+
+def _grid(ranges: Sequence[Any]) -> list[tuple[int, ...]]:
+    import itertools
+
+    return list(itertools.product(*ranges))
+
+
+def _added(e: Emitter, terms: list[str]) -> str:
+    return e.let(" + ".join(terms))
+
+
+def _cat_axis(step: Step) -> int:
+    axis = int((*step.node.args, 0)[1])  # type: ignore[arg-type]
+    return axis % (len(step.shape) + 1) - 1
+
+
+def _cat_places(step: Step, view: View) -> list[tuple[int, ...]]:
+    if _cat_axis(step) != 0 and len(step.shape) > 1:
+        raise UnsupportedRowsError(f"{step.node}: narrow parts joined along an inner axis")
+    return places(view.shape)
+
+
+def _last_stride(strides: Sequence[int], shape: Sequence[int]) -> int:
+    return [s for s, n in zip(strides, shape, strict=True) if n != 1][-1]
+
+
+def _offset(start: int, strides: Sequence[int], shape: Sequence[int], lanes: int) -> str:
+    """An element's place: axes of the loop are d0, d1, ..., and tile t of the last."""
+    real = [s for s, n in zip(strides, shape, strict=True) if n != 1]
+    terms = [str(start)] + [f"d{k} * {s}" for k, s in enumerate(real[:-1]) if s]
+    if real and real[-1]:
+        terms.append(f"t * {lanes * real[-1]}")
+    return " + ".join(terms)
+
+
+# --- operators ----------------------------------------------------------------------------------
+
+
+def emit_operator(e: Emitter, node: Node, operands: Sequence[str]) -> str:
+    """One elementwise operator on vectors; its numbers are the node's own.
+
+    Raises:
+        UnsupportedRowsError: for an operator without a kernel.
+    """
+    given = iter(operands)
+    values = [next(given) if isinstance(a, Node) else a for a in node.args]
+    rule = _OPERATORS.get(node.target)
+    if rule is None:
+        raise UnsupportedRowsError(f"no row kernel for {node.target}")
+    return e.let(rule(e, *values))
+
+
+def _text(e: Emitter, value: Any) -> str:
+    return value if isinstance(value, str) else e.number(float(value))
+
+
+def _infix(sign: str) -> Callable[..., str]:
+    return lambda e, a, b: f"({_text(e, a)}) {sign} ({_text(e, b)})"
+
+
+def _compared(sign: str) -> Callable[..., str]:
+    return lambda e, a, b: f"T.Select({_text(e, a)} {sign} {_text(e, b)}, {e.number(1.0)}, {e.number(0.0)})"
+
+
+def _chosen(e: Emitter, mask: str, yes: Any, no: Any) -> str:
+    return f"T.Select({mask} != {e.number(0.0)}, {_text(e, yes)}, {_text(e, no)})"
+
+
+def _power(e: Emitter, x: str, exponent: Any) -> str:
+    if isinstance(exponent, str):
+        return e.exp(e.let(f"{exponent} * {e.log(x)}"))
+    if exponent == 0.5:
+        return f"T.sqrt({x})"
+    if float(exponent) != int(exponent) or abs(exponent) > 64:
+        return e.exp(e.let(f"{e.number(float(exponent))} * {e.log(x)}"))
+    if exponent == 0:
+        return e.number(1.0)
+    square, result, left = x, "", abs(int(exponent))
+    while left:
+        if left & 1:
+            result = e.let(f"{result} * {square}") if result else square
+        left >>= 1
+        square = e.let(f"{square} * {square}") if left else square
+    return result if exponent > 0 else f"{e.number(1.0)} / {result}"
+
+
+def _silu_backward(e: Emitter, grad: str, x: str) -> str:
+    s = e.sigmoid(x)
+    return f"{grad} * {s} * ({e.number(1.0)} + {x} * ({e.number(1.0)} - {s}))"
+
+
+def _clamped(e: Emitter, x: str, low: Any = None, high: Any = None) -> str:
+    # The bound comes first: TVM's min and max return their second operand for NaN.
+    bounded = x if low is None else e.let(f"T.max({_text(e, low)}, {x})")
+    return bounded if high is None else f"T.min({_text(e, high)}, {bounded})"
+
+
+def _sign(e: Emitter, x: str) -> str:
+    zero = e.number(0.0)
+    return f"T.Select({x} > {zero}, {e.number(1.0)}, T.Select({x} < {zero}, {e.number(-1.0)}, {zero}))"
+
+
+_OPERATORS: dict[object, Callable[..., str]] = {
+    aten.abs.default: lambda e, x: f"T.fabs({x})",
+    aten.add.Tensor: _infix("+"),
+    aten.clamp.default: _clamped,
+    aten.clamp_min.default: _clamped,
+    aten.cos.default: lambda e, x: e.sine(x, 1),
+    aten.div.Tensor: _infix("/"),
+    aten.eq.Scalar: _compared("=="),
+    aten.erf.default: lambda e, x: e.erf(x),
+    aten.exp.default: lambda e, x: e.exp(x),
+    aten.ge.Scalar: _compared(">="),
+    aten.gt.Scalar: _compared(">"),
+    aten.le.Scalar: _compared("<="),
+    aten.log.default: lambda e, x: e.log(x),
+    aten.logical_and.default: lambda e, a, b: f"{a} * {b}",
+    aten.lt.Scalar: _compared("<"),
+    aten.lt.Tensor: _compared("<"),
+    aten.masked_fill.Scalar: lambda e, x, mask, value: _chosen(e, mask, value, x),
+    aten.mul.Scalar: _infix("*"),
+    aten.mul.Tensor: _infix("*"),
+    aten.neg.default: lambda e, x: f"{e.number(0.0)} - {x}",
+    aten.pow.Tensor_Scalar: _power,
+    aten.pow.Tensor_Tensor: _power,
+    aten.reciprocal.default: lambda e, x: f"{e.number(1.0)} / {x}",
+    aten.rsub.Scalar: lambda e, a, b: f"{_text(e, b)} - {a}",
+    aten.sgn.default: _sign,
+    aten.silu.default: lambda e, x: f"{x} * {e.sigmoid(x)}",
+    aten.silu_backward.default: _silu_backward,
+    aten.sin.default: lambda e, x: e.sine(x),
+    aten.softplus.default: lambda e, x: e.softplus(x),
+    aten.sqrt.default: lambda e, x: f"T.sqrt({x})",
+    aten.sub.Tensor: _infix("-"),
+    aten.where.self: _chosen,
+}

@@ -1,0 +1,337 @@
+"""Small torch operators that work row by row, gathered into groups that one kernel each can run.
+
+Before: ``a = mul(x, y); b = exp(a); c = index(z, [senders]); d = mul(b, c)``
+After:  ``d = self.edge_3(x, y, z, senders)``, a graph of the four
+
+All operators of a group have one row per atom (or edge, pair, graph), and the row of a result depends
+on the same row of the arguments only, or on a gathered one. Every operator has a level: operators of a
+group see each other's results at the same level, anything else at the next. Groups of one kind and
+level are then free of circles.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import networkx
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from ..capture.graphs import GraphFormat
+from .decompose import decompose
+from .fold_constants import fold_constants
+from .graph_tools import add_buffer, aten, attribute, copied, finished, is_call
+from .indices import GATHERS, gather_index, is_sound
+from .row_shapes import RowShape, row_shapes
+from .sum_rows import sum_rows
+
+# fmt: off
+_EACH = {
+    aten.abs.default, aten.add.Tensor, aten.clamp.default, aten.clamp_min.default, aten.cos.default,
+    aten.div.Tensor, aten.eq.Scalar, aten.erf.default, aten.exp.default, aten.ge.Scalar, aten.gt.Scalar,
+    aten.le.Scalar, aten.log.default, aten.logical_and.default, aten.lt.Scalar, aten.lt.Tensor,
+    aten.masked_fill.Scalar, aten.mul.Scalar, aten.mul.Tensor, aten.neg.default, aten.pow.Tensor_Scalar,
+    aten.pow.Tensor_Tensor, aten.reciprocal.default, aten.rsub.Scalar, aten.sgn.default, aten.silu.default,
+    aten.silu_backward.default, aten.sin.default, aten.softplus.default, aten.sqrt.default,
+    aten.sub.Tensor, aten.where.self,
+}
+_VIEWS = {
+    aten._unsafe_view.default, aten.expand.default, aten.slice.Tensor, aten.squeeze.dim,
+    aten.clone.default, aten.reshape.default, aten.unsqueeze.default, aten.view.default,
+}
+# fmt: on
+_CREATIONS = {
+    aten.new_ones.default: 1.0,
+    aten.new_zeros.default: 0.0,
+    aten.ones_like.default: 1.0,
+    aten.zeros.default: 0.0,
+    aten.zeros_like.default: 0.0,
+}
+_REDUCTIONS = {aten.sum.dim_IntList, aten.mm.default}
+_NARROW = 16  # of a product with a constant matrix, one side at least
+_MOST = 4096  # elements of a row
+_FLOATS = (torch.float32, torch.bool)
+
+
+@dataclass
+class RowGroup:
+    """Operators that one kernel runs.
+
+    Attributes:
+        rows: what there is a row of: "atom", "edge", "pair" or "graph".
+        level: its place in the order.
+        nodes: in the graph's order.
+    """
+
+    rows: str
+    level: int
+    nodes: list[Node] = field(default_factory=list)
+
+
+class FusedRows(GraphModule):
+    """A group's operators as a graph of their own, which torch can run and a backend can compile.
+
+    Attributes:
+        rows: what there is a row of.
+        shapes: of every node.
+    """
+
+    rows: str
+    shapes: dict[Node, RowShape]
+
+    @property
+    def operators(self) -> int:
+        """How many of torch's operators it stands for."""
+        return sum(node.op == "call_function" for node in self.graph.nodes)
+
+
+def fused_rows(graph_module: GraphModule, node: Node) -> FusedRows | None:
+    """The group that a node calls, if it calls one."""
+    module = getattr(graph_module, str(node.target), None) if node.op == "call_module" else None
+    return module if isinstance(module, FusedRows) else None
+
+
+def fuse_rows(graph_module: GraphModule, form: GraphFormat) -> GraphModule:
+    """Group what torch would run operator by operator.
+
+    Args:
+        graph_module: the integer graph of energy and forces.
+        form: its inputs; a graph of a model's own tensors is returned as it is.
+    """
+    if form.positions is not None:
+        return graph_module
+    gm = fold_constants(decompose(graph_module))
+    shapes = row_shapes(gm, form)
+    sum_rows(gm, form, shapes)
+    _drop_idle_views(gm, shapes)
+    _inline_creations(gm, shapes)
+    groups = [g for g in _groups(gm, shapes, form) if _worth_it(g)]
+    return _rebuilt(gm, groups, shapes)
+
+
+def _drop_idle_views(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
+    """Views that change nothing; a copy may be there for its strides."""
+    for node in list(gm.graph.nodes):
+        if node.target in _VIEWS - {aten.clone.default} and node in shapes:
+            source = node.args[0]
+            if shapes[node] == shapes.get(source):
+                node.replace_all_uses_with(source)
+                gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+
+
+def _groups(gm: GraphModule, shapes: dict[Node, RowShape], form: GraphFormat) -> list[RowGroup]:
+    found: dict[tuple[str, int], RowGroup] = {}
+    levels: dict[Node, int] = {}
+    inside: dict[Node, str] = {}  # operators of groups -> what they have rows of
+    for node in gm.graph.nodes:
+        rows = _row_operator(node, shapes, form)
+        level = 0
+        for argument in node.all_input_nodes:
+            near = rows is not None and inside.get(argument) == rows and argument is not _gathered(node)
+            level = max(level, levels[argument] + (0 if near else 1))
+        levels[node] = level
+        if rows is not None:
+            inside[node] = rows
+            found.setdefault((rows, level), RowGroup(rows, level)).nodes.append(node)
+    return list(found.values())
+
+
+def _row_operator(node: Node, shapes: dict[Node, RowShape], form: GraphFormat) -> str | None:
+    """What the node has rows of, if it can be part of a group."""
+    shape = shapes.get(node)
+    if node.op != "call_function" or shape is None or shape.rows is None or not shape.static:
+        return None
+    if shape.dtype not in _FLOATS or math.prod(shape.row) > _MOST:
+        return None
+    if node.target in GATHERS:
+        return shape.rows if _gathers_rows(node, shape, shapes, form) else None
+    if node.target is operator.getitem:
+        return shape.rows if is_call(node.args[0], aten.split_with_sizes.default) else None
+    known = node.target in _EACH | _VIEWS | _REDUCTIONS | {aten.cat.default, aten.split_with_sizes.default}
+    return shape.rows if known and _by_rows(node, shape, shapes) else None
+
+
+def _by_rows(node: Node, shape: RowShape, shapes: dict[Node, RowShape]) -> bool:
+    """Whether every row of the result follows from the same row of the arguments."""
+    dims = len(shape.row) + 1
+    for argument in node.all_input_nodes:
+        other = shapes.get(argument)
+        if other is None and node.target in _VIEWS:
+            continue  # a size
+        if other is None or other.dtype not in _FLOATS or not other.static:
+            return False
+        if other.rows is None and not _broadcasts(other.row, dims) and node.target is not aten.mm.default:
+            return False
+        if other.rows is not None and other.rows != shape.rows:
+            return False
+        if other.rows is not None and node.target in _EACH and len(other.row) + 1 != dims:
+            return False
+    if node.kwargs and node.target is not aten.clone.default:
+        return False
+    if node.target in _VIEWS:
+        return _keeps_rows(node, shape, shapes)
+    if node.target is aten.mm.default:
+        left, right = (shapes[a] for a in node.args)  # type: ignore[index]
+        return left.rows is not None and right.rows is None and min(right.row) < _NARROW
+    if node.target is aten.sum.dim_IntList:
+        axes = reduced_axes(node, shapes)
+        return bool(axes) and 0 not in axes
+    if node.target is aten.split_with_sizes.default:
+        return _axis((*node.args, 0)[2], dims) != 0
+    if node.target is aten.cat.default:
+        return _axis((*node.args, 0)[1], dims) != 0
+    return True
+
+
+def _broadcasts(sizes: tuple[int, ...], dims: int) -> bool:
+    """Whether a tensor without rows meets every row alike."""
+    return len(sizes) < dims or (len(sizes) == dims and sizes[0] == 1)
+
+
+def _axis(axis: object, dims: int) -> int:
+    return int(axis) % dims  # type: ignore[call-overload, no-any-return]
+
+
+def reduced_axes(node: Node, shapes: Mapping[Node, RowShape]) -> list[int]:
+    """The axes that a sum goes over, the rows' being 0."""
+    dims = len(shapes[node.args[0]].row) + 1  # type: ignore[index]
+    axes = node.args[1] if len(node.args) > 1 else None
+    return [_axis(a, dims) for a in axes] if isinstance(axes, list | tuple) else []
+
+
+def _keeps_rows(node: Node, shape: RowShape, shapes: dict[Node, RowShape]) -> bool:
+    """Whether a view leaves the rows what and where they are."""
+    source = shapes[node.args[0]]  # type: ignore[index]
+    if node.target is aten.expand.default:
+        return source.rows is None or len(source.row) == len(shape.row)
+    if source.rows is None:
+        return False
+    if node.target in (
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.clone.default,
+    ):
+        return math.prod(source.row) == math.prod(shape.row)
+    if node.target is aten.unsqueeze.default:
+        return _axis(node.args[1], len(shape.row) + 1) != 0
+    strided = node.target is aten.slice.Tensor and len(node.args) > 4 and node.args[4] != 1
+    return not strided and _axis((*node.args, 0)[1], len(source.row) + 1) != 0
+
+
+def _gathered(node: Node) -> Node | None:
+    """What a gather takes rows of."""
+    source = node.args[0] if node.target in GATHERS else None
+    return source if isinstance(source, Node) else None
+
+
+def _gathers_rows(node: Node, shape: RowShape, shapes: dict[Node, RowShape], form: GraphFormat) -> bool:
+    source, index = _gathered(node), gather_index(node)
+    if source is None or index is None or source not in shapes or index not in shapes:
+        return False
+    table, at = shapes[source], shapes[index]
+    if table.dtype is not torch.float32 or (at.rows, at.row) != (shape.rows, ()) or not table.static:
+        return False
+    if node.target is aten.gather.default and len(table.row) != (0 if table.rows else 1):
+        return False
+    return is_sound(index, None if table.rows else table.row[0], form)
+
+
+def _worth_it(group: RowGroup) -> bool:
+    """Whether anything is computed."""
+    return any(node.target not in _VIEWS and node.target is not operator.getitem for node in group.nodes)
+
+
+def _inline_creations(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
+    """Tensors of ones and zeros that meet others of the same shape become numbers; integer weights floats."""
+    for node in list(gm.graph.nodes):
+        if node.target not in _CREATIONS or node not in shapes or shapes[node].dtype is not torch.float32:
+            continue
+        users = [u for u in node.users if u.target in _EACH and _other_has_shape(u, node, shapes)]
+        if users:
+            name = add_buffer(gm, node.name, torch.tensor(_CREATIONS[node.target]))
+            with gm.graph.inserting_before(node):
+                number = gm.graph.get_attr(name)
+            shapes[number] = RowShape(None, (), torch.float32)
+            for user in users:
+                user.replace_input_with(node, number)
+    for node in [n for n in gm.graph.nodes if n.op == "get_attr" and n in shapes]:
+        users = [
+            u for u in node.users if u.target in _EACH and u in shapes and shapes[u].dtype is torch.float32
+        ]
+        if shapes[node].dtype in (torch.int64, torch.int32) and users:
+            with gm.graph.inserting_after(node):
+                number = gm.graph.get_attr(add_buffer(gm, node.name, attribute(gm, node).float()))
+            shapes[number] = replace(shapes[node], dtype=torch.float32)
+            for user in users:
+                user.replace_input_with(node, number)
+    gm.graph.eliminate_dead_code()
+
+
+def _is_float(node: Node, shapes: Mapping[Node, RowShape]) -> bool:
+    return node in shapes and shapes[node].dtype is torch.float32
+
+
+def _other_has_shape(user: Node, creation: Node, shapes: dict[Node, RowShape]) -> bool:
+    others = [a for a in user.all_input_nodes if a is not creation and a.target not in _CREATIONS]
+    return any(
+        a in shapes and (shapes[a].rows, shapes[a].row) == (shapes[user].rows, shapes[user].row)
+        for a in others
+    )
+
+
+def _rebuilt(gm: GraphModule, groups: Sequence[RowGroup], shapes: dict[Node, RowShape]) -> GraphModule:
+    """The graph with a call for each group, in an order that suits all."""
+    unit_of: dict[Node, object] = {node: node for node in gm.graph.nodes}
+    for group in groups:
+        unit_of.update(dict.fromkeys(group.nodes, id(group)))
+    by_id = {id(group): group for group in groups}
+    place = {node: k for k, node in enumerate(gm.graph.nodes)}
+    order, first = networkx.DiGraph(), dict[object, int]()
+    for node in gm.graph.nodes:
+        unit = unit_of[node]
+        order.add_node(unit)
+        first.setdefault(unit, place[node])
+        order.add_edges_from((unit_of[a], unit) for a in node.all_input_nodes if unit_of[a] is not unit)
+    graph, values = Graph(), dict[Node, Node]()
+    root = copied(gm)
+    for unit in networkx.lexicographical_topological_sort(order, key=lambda u: first[u]):
+        if isinstance(unit, Node):
+            values[unit] = graph.node_copy(unit, lambda n: values[n])
+            values[unit].meta = dict(unit.meta)
+        else:
+            _call_group(root, graph, by_id[unit], values, shapes)
+    return finished(GraphModule(root, graph))
+
+
+def _call_group(
+    root: nn.Module, graph: Graph, group: RowGroup, values: dict[Node, Node], shapes: dict[Node, RowShape]
+) -> None:
+    inner, names, members = Graph(), dict[Node, Node](), set(group.nodes)
+    buffers, inner_shapes, inputs = nn.Module(), dict[Node, RowShape](), list[Node]()
+    outside = dict.fromkeys(a for node in group.nodes for a in node.all_input_nodes if a not in members)
+    for argument in outside:
+        if argument.op == "get_attr":
+            names[argument] = inner.get_attr(add_buffer(buffers, argument.name, attribute(root, argument)))
+        else:
+            names[argument] = inner.placeholder(argument.name)
+            inputs.append(argument)
+    outputs = [n for n in group.nodes if any(user not in members for user in n.users)]
+    outputs = [n for n in outputs if n.target is not aten.split_with_sizes.default]
+    for node in group.nodes:
+        names[node] = inner.node_copy(node, lambda n: names[n])
+    inner.output(tuple(names[n] for n in outputs))
+    inner_shapes = {names[n]: shapes[n] for n in (*outside, *group.nodes) if n in shapes}
+    fused = FusedRows(buffers, inner)
+    fused.rows, fused.shapes = group.rows, inner_shapes
+    name = f"{group.rows}_rows_{group.level}"
+    root.add_module(name, fused)
+    call = graph.call_module(name, tuple(values[a] for a in inputs))
+    for k, node in enumerate(outputs):
+        values[node] = graph.call_function(operator.getitem, (call, k))
+        values[node].meta = dict(node.meta)

@@ -35,13 +35,13 @@ from .errors import AccuracyWarning, ConfigError, NoEdgesError
 from .ir.specs import linear_spec
 from .passes.calibrate import quantization_sites
 from .passes.choose_bits import choose_bits
-from .passes.evaluate import Comparison
 from .passes.graph_tools import attribute, gaq
 from .passes.lower import Placement, lower
 from .passes.observe import Observed, observe
 from .passes.pipeline import prepare, quantize_graph
 from .potential import Potential
 from .verify import checks
+from .verify.energy_graphs import Comparison
 from .verify.parity import Parity
 from .verify.report import Report
 from .verify.structures import rattled
@@ -334,11 +334,11 @@ def _chosen(trace: _Trace, config: QuantConfig, observed: Observed) -> tuple[Qua
         return config, {}
     subject = trace.subject
     comparison = Comparison(trace.prepared, subject.form, subject.batches_alone(subject.trials))
-    choice = choose_bits(trace.prepared, config, observed, comparison, trace.progress)
+    choice = choose_bits(trace.prepared, config, observed, comparison.error, trace.progress)
     found = {
         "max_force_error_mev_per_a": config.max_force_error,
         "force_mae_mev_per_a": choice.chosen.error.force_mev_per_a,
-        "atoms": choice.atoms,
+        "atoms": comparison.atoms,
         "max_weight_share": choice.config.max_weight_share,
         "max_wide_share": choice.config.max_wide_share,
         "trials": [asdict(trial) for trial in choice.trials],

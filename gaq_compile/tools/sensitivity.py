@@ -26,12 +26,12 @@ from ..config import Override, QuantConfig, resolve
 from ..errors import ConfigError
 from ..ir.specs import linear_spec
 from ..numerics.weights import weight_bytes
-from ..passes.evaluate import Comparison
 from ..passes.graph_tools import calls, gaq
 from ..passes.insert_mddq import insert_mddq
 from ..passes.observe import Observed, observe
 from ..passes.round_weights import round_weights
 from ..passes.widen_activations import RoundedSite
+from ..verify.energy_graphs import Comparison
 
 SHOWN = 25  # nodes in a printed table and in a plot
 

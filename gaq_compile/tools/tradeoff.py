@@ -22,8 +22,8 @@ from ..config import AUTO, QuantConfig, resolve
 from ..datasets import evenly_spaced
 from ..errors import ConfigError
 from ..passes.choose_bits import Trial, Variants
-from ..passes.evaluate import Comparison
 from ..passes.observe import observe
+from ..verify.energy_graphs import Comparison
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def tradeoff(
     prepared = stages["tag_irreps"]
     observed = observe(prepared, config, subject.form, subject.batches(subject.calibration), progress)
     comparison = Comparison(prepared, subject.form, subject.batches_alone(subject.trials))
-    variants = Variants(prepared, config, observed, comparison)
+    variants = Variants(prepared, config, observed, comparison.error)
     wide = config.max_wide_share
     with Progress(disable=not progress, transient=True) as bar:
         shares = evenly_spaced(variants.shares(wide), points)

@@ -8,6 +8,7 @@ import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,9 @@ def _calibrated(subject: _Subject, config: QuantConfig) -> CalibratedRange | Non
     rounds = not is_conservative(config)
     if subject.form.positions is not None or not (rounds or config.rounds_together):
         return None
-    return calibrated_range([subject.collate([atoms]) for atoms in subject.calibration], rounds)
+    inputs = subject.form.inputs
+    batches = [dict(zip(inputs, batch, strict=True)) for batch in subject.calibration_batches]
+    return calibrated_range(batches, rounds)
 
 
 def _names(prepared: GraphModule) -> list[str]:
@@ -245,6 +248,19 @@ class _Subject:
         """Inputs of every structure alone, whose energies are wanted one by one."""
         return [self.inputs([atoms]) for atoms in structures]
 
+    @cached_property
+    def calibration_batches(self) -> list[list[Tensor]]:
+        """Inputs of the calibration structures; neighbours are looked for once."""
+        return self.batches(self.calibration)
+
+    def observe(self, prepared: GraphModule, config: QuantConfig, progress: bool = False) -> Observed:
+        """What calibration shows of the float energy graph (:func:`.passes.observe.observe`)."""
+        return observe(prepared, config, self.form, self.calibration_batches, progress)
+
+    def comparison(self, prepared: GraphModule, structures: Sequence[Atoms]) -> Comparison:
+        """Measures energy graphs against the float one on each of the structures."""
+        return Comparison(prepared, self.form, self.batches_alone(structures))
+
     def sides(self, built: _Built) -> checks.Sides:
         return checks.Sides(self._predict_original, lambda structures: self.predict(built, structures))
 
@@ -318,10 +334,11 @@ def _structure_subject(name: str, model: nn.Module, structures: list[Atoms]) -> 
 
 def _build(trace: _Trace, config: QuantConfig) -> _Built:
     subject = trace.subject
-    calibration = subject.batches(subject.calibration)
-    observed = observe(trace.prepared, config, subject.form, calibration, trace.progress)
+    observed = subject.observe(trace.prepared, config, trace.progress)
     config, choice = _chosen(trace, config, observed)
-    stages = quantize_graph(trace.prepared, config, observed, subject.form, subject.example, calibration)
+    stages = quantize_graph(
+        trace.prepared, config, observed, subject.form, subject.example, subject.calibration_batches
+    )
     lowered, placements = lower(stages["fold_integers"], trace.backends, trace.strict, trace.progress)
     graphs = {**stages, "lower": lowered}
     blank = _blank_report(subject, config, trace.backends[0])
@@ -332,8 +349,7 @@ def _chosen(trace: _Trace, config: QuantConfig, observed: Observed) -> tuple[Qua
     """The configuration with its bits chosen, if it leaves a choice, and how it came about."""
     if config.max_force_error is None:
         return config, {}
-    subject = trace.subject
-    comparison = Comparison(trace.prepared, subject.form, subject.batches_alone(subject.trials))
+    comparison = trace.subject.comparison(trace.prepared, trace.subject.trials)
     choice = choose_bits(trace.prepared, config, observed, comparison.error, trace.progress)
     found = {
         "max_force_error_mev_per_a": config.max_force_error,

@@ -22,8 +22,6 @@ from ..config import AUTO, QuantConfig, resolve
 from ..datasets import evenly_spaced
 from ..errors import ConfigError
 from ..passes.choose_bits import Trial, Variants
-from ..passes.observe import observe
-from ..verify.energy_graphs import Comparison
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,8 @@ def tradeoff(
         )
     subject, stages = trace(model, example_graph)
     prepared = stages["tag_irreps"]
-    observed = observe(prepared, config, subject.form, subject.batches(subject.calibration), progress)
-    comparison = Comparison(prepared, subject.form, subject.batches_alone(subject.trials))
+    observed = subject.observe(prepared, config, progress)
+    comparison = subject.comparison(prepared, subject.trials)
     variants = Variants(prepared, config, observed, comparison.error)
     wide = config.max_wide_share
     with Progress(disable=not progress, transient=True) as bar:

@@ -21,7 +21,6 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..api import trace
 from ..config import Override, QuantConfig, resolve
 from ..errors import ConfigError
 from ..ir.specs import linear_spec
@@ -31,6 +30,7 @@ from ..passes.insert_mddq import insert_mddq
 from ..passes.observe import Observed
 from ..passes.round_weights import round_weights
 from ..passes.widen_activations import RoundedSite
+from ..subject import trace
 
 SHOWN = 25  # nodes in a printed table and in a plot
 

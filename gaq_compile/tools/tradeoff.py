@@ -17,11 +17,11 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..api import trace
 from ..config import AUTO, QuantConfig, resolve
 from ..datasets import evenly_spaced
 from ..errors import ConfigError
 from ..passes.choose_bits import Trial, Variants
+from ..subject import trace
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from gaq_compile.capture import find_recipe
 from gaq_compile.capture.pretrained import load_model
 from gaq_compile.config import AUTO, BASELINES, PRESETS
 from gaq_compile.datasets import example_structures
-from gaq_compile.tools.recheck import evaluator
+from gaq_compile.subject import evaluator
 from gaq_compile.verify.equivariance import equivariance
 from gaq_compile.verify.parity import compare
 from gaq_compile.verify.structures import rattled, strained

@@ -10,12 +10,11 @@ from functools import cached_property
 from typing import Any
 
 from ase import Atoms
-from ase.stress import voigt_6_to_full_3x3_stress
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from .capture import find_recipe
-from .capture.base import EnergyModel, Original, RawPrediction
+from .capture.base import EnergyModel, Original
 from .capture.export import export_energy
 from .capture.generic import TensorModel
 from .capture.graphs import GraphFormat, Tensors, collate
@@ -30,7 +29,7 @@ from .potential import Potential
 from .verify.checks import Sides
 from .verify.energy_graphs import Comparison
 from .verify.structures import rattled
-from .verify.types import Prediction
+from .verify.types import Evaluate, Prediction, full_stress
 
 RATTLES = (0.03, 0.06, 0.1)  # Å, of the copies that calibration sees
 ENOUGH_ATOMS = 256
@@ -117,10 +116,7 @@ class Subject:
 
     def sides(self, potential: Potential) -> Sides:
         """The original model and a potential made from it, as evaluators of structures."""
-        return Sides(self._predict_original, lambda structures: self.predict(potential, structures))
-
-    def _predict_original(self, structures: list[Atoms]) -> list[Prediction]:
-        return [_prediction(self.original.predict(atoms)) for atoms in structures]
+        return Sides(evaluator(self.original), lambda structures: self.predict(potential, structures))
 
     def predict(self, potential: Potential, structures: list[Atoms]) -> list[Prediction]:
         """What a potential made from this says; tensors of a model's own one structure at a time."""
@@ -128,6 +124,17 @@ class Subject:
             return potential.predict(structures)
         found = [potential.evaluate(self.collate([atoms])) for atoms in structures]
         return [Prediction(float(out["energy"].sum()), out["forces"].numpy()) for out in found]
+
+
+def evaluator(original: Original) -> Evaluate:
+    """The user's own model as an instrument sees it."""
+    return lambda structures: [_prediction(original, atoms) for atoms in structures]
+
+
+def _prediction(original: Original, atoms: Atoms) -> Prediction:
+    raw = original.predict(atoms)
+    stress = None if raw.stress is None else full_stress(raw.stress)
+    return Prediction(raw.energy, raw.forces, stress, raw.energies)
 
 
 def trace(model: nn.Module | str, example_graph: Any) -> tuple[Subject, dict[str, GraphModule]]:
@@ -214,8 +221,3 @@ def _moved(atoms: Atoms, stdev: float, seed: int) -> Atoms:
     moved = rattled(atoms, stdev, seed)
     moved.info.update({k: v for k, v in atoms.info.items() if k in ("charge", "spin")})
     return moved
-
-
-def _prediction(raw: RawPrediction) -> Prediction:
-    stress = None if raw.stress is None else voigt_6_to_full_3x3_stress(raw.stress)
-    return Prediction(raw.energy, raw.forces, stress, raw.energies)

@@ -39,7 +39,7 @@ from gaq_compile.capture import find_recipe
 from gaq_compile.capture.pretrained import load_model
 from gaq_compile.config import AUTO, BASELINES, PRESETS
 from gaq_compile.datasets import example_structures
-from gaq_compile.tools.recheck import evaluator
+from gaq_compile.subject import evaluator
 from gaq_compile.verify.equivariance import equivariance
 from gaq_compile.verify.parity import compare
 from gaq_compile.verify.structures import rattled, strained
@@ -154,18 +154,25 @@ def together(sets: list[StructureSet], calibration: str) -> list[list[StructureS
 
 def rows(model: str, scheme: str, sets: list[StructureSet], backend: str) -> list[dict[str, Any]]:
     """One row per structure set, of one model and scheme."""
+    potential, shared = compiled(model, scheme, sets, backend)
+    return [shared | figures(s, originals(model, s), potential) for s in sets]
+
+
+def compiled(
+    model: str, scheme: str, sets: list[StructureSet], backend: str = "tvm"
+) -> tuple[gaq_compile.Potential, dict[str, Any]]:
+    """A potential for all of the sets, and what its own report says of it."""
     calibration = [atoms for s in sets for atoms in s.calibration]
     potential = gaq_compile.quantize(
         model, calibration, scheme, backend=backend, measure=False, progress=False
     )
     memory = potential.report.memory
-    shared = {
+    return potential, {
         "model": model,
         "scheme": scheme,
         "weights_share": memory["weights_bytes"] / memory["weights_fp32_bytes"],
         "fallbacks": len(potential.report.fallback),
     }
-    return [shared | figures(s, originals(model, s), potential) for s in sets]
 
 
 _ORIGINALS: dict[tuple[str, str], list[Prediction]] = {}
@@ -181,12 +188,16 @@ def originals(model: str, structures: StructureSet) -> list[Prediction]:
 
 
 def figures(
-    structures: StructureSet, truth: list[Prediction], potential: gaq_compile.Potential
+    structures: StructureSet,
+    truth: list[Prediction],
+    potential: gaq_compile.Potential,
+    turned_structures: int = 2,
+    rotations: int = ROTATIONS,
 ) -> dict[str, Any]:
-    """Errors over the tests, and LEE over the first two of them."""
+    """Errors over the tests, and LEE over the first of them."""
     tests = list(structures.tests)
     errors = compare(truth, potential.predict(tests))
-    turned = equivariance(potential.predict, tests[:2], rotations=ROTATIONS)
+    turned = equivariance(potential.predict, tests[:turned_structures], rotations=rotations)
     return {
         "set": structures.name,
         "force_rel": errors.force_rel,

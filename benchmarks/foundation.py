@@ -10,7 +10,6 @@ two threads, under the same caching allocator if one is installed (apt install l
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import subprocess
 import sys
@@ -25,16 +24,20 @@ from rich.console import Console
 from rich.table import Table
 
 import gaq_compile
-from gaq_compile.capture import find_recipe
-from gaq_compile.capture.pretrained import load_model
+from accuracy import StructureSet, compiled, figures, originals, write
 from gaq_compile.datasets import example_structures
 from gaq_compile.tools.bench import Settings, find_allocator, memory_figures, speed_figures
 from gaq_compile.verify.conservativity import conservativity
-from gaq_compile.verify.equivariance import equivariance
-from gaq_compile.verify.parity import parity
 from gaq_compile.verify.structures import rattled
-from gaq_compile.verify.types import Prediction
 
+ERRORS = (
+    "energy_mev_per_atom",
+    "energy_max_mev_per_atom",
+    "force_mae_mev_per_a",
+    "force_max_mev_per_a",
+    "force_rel",
+    "lee_force_mev_per_a",
+)
 SCHEMES = ("fp32", "w8", "w4", "w8a16", "w4a16", "exact-w8a8", "exact-w4a8", "w8a8", "w4a8", "naive-w8a8")
 
 
@@ -48,44 +51,33 @@ def silicon() -> Atoms:
     return rattled(bulk("Si", cubic=True) * (3, 3, 3), 0.05, 3)
 
 
-def subjects() -> dict[str, tuple[list[Atoms], list[Atoms]]]:
-    """Model name -> (calibration structures, unseen test structures)."""
+def subjects() -> dict[str, StructureSet]:
+    """Model name -> what it is calibrated and tested on."""
     frames = example_structures("azobenzene")
+    salts = tuple(rattled(salt(), 0.04, seed) for seed in (11, 12))
     return {
-        "sevennet-0": ([salt()], [rattled(salt(), 0.04, seed) for seed in (11, 12)]),
-        "so3lr": (frames[:3], frames[5:8]),
+        "sevennet-0": StructureSet("NaCl", (salt(),), salts),
+        "so3lr": StructureSet("azobenzene", tuple(frames[:3]), tuple(frames[5:8])),
     }
 
 
 def accuracy(model: str, scheme: str) -> dict[str, Any]:
     """Errors, LEE and gradient error of one model and scheme."""
-    calibration, tests = subjects()[model]
-    potential = gaq_compile.quantize(model, calibration, scheme, measure=False, progress=False)
-    network = load_model(model)
-    original = find_recipe(network).original(network)
-
-    def reference(structures: list[Atoms]) -> list[Prediction]:
-        raw = [original.predict(atoms) for atoms in structures]
-        return [Prediction(r.energy, r.forces, None, r.energies) for r in raw]
-
-    errors = parity(reference, potential.predict, tests)
-    turned = equivariance(potential.predict, tests[:1], rotations=8)
-    gradient = conservativity(potential.predict, tests[:1])
+    structures = subjects()[model]
+    potential, shared = compiled(model, scheme, [structures])
+    truth = originals(model, structures)
+    errors = figures(structures, truth, potential, turned_structures=1, rotations=8)
+    gradient = conservativity(potential.predict, list(structures.tests[:1]))
     report = potential.report
     return {
         "model": model,
         "scheme": scheme,
-        "energy_mev_per_atom": errors.energy_mev_per_atom,
-        "energy_max_mev_per_atom": errors.energy_max_mev_per_atom,
-        "force_mae_mev_per_a": errors.force_mae_mev_per_a,
-        "force_max_mev_per_a": errors.force_max_mev_per_a,
-        "force_rel": errors.force_rel,
-        "lee_force_mev_per_a": turned.force_mev_per_a,
+        **{name: errors[name] for name in ERRORS},
         "gradient_rel_error": gradient.error,
         "gradient_rel_resolution": gradient.resolution,
         "scheme_is_conservative": report.conservativity["scheme_is_conservative"],
-        "weights_share": report.memory["weights_bytes"] / report.memory["weights_fp32_bytes"],
-        "fallbacks": len(report.fallback),
+        "weights_share": shared["weights_share"],
+        "fallbacks": shared["fallbacks"],
         "nodes": len(report.placements),
         "integer_weight_arithmetic": sorted({p.arithmetic for p in report.placements if p.integer_weights}),
     }
@@ -171,8 +163,7 @@ def main() -> None:
         )
         result["accuracy"] = [accuracy(m, s) for m in options.models for s in options.schemes]
         result["reload_is_bitwise"] = reload_is_bitwise(Path(folder))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write(result, options.json)
     tables(result, console)
 
 

@@ -13,25 +13,15 @@ import argparse
 import csv
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from ase import Atoms, units
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
-from ase.md.verlet import VelocityVerlet
+from ase import Atoms
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 import gaq_compile
 from gaq_compile.datasets import EXAMPLES, example_structures
 from gaq_compile.integrations.ase import GAQCalculator
-
-
-class Drift(NamedTuple):
-    """Straight line through E(t)/N: slope and its uncertainty (meV/atom/ps), scatter about it (meV/atom)."""
-
-    slope: float
-    uncertainty: float
-    fluctuation: float
+from gaq_compile.verify.dynamics import Dynamics, Settings, nve
 
 
 def main() -> None:
@@ -45,18 +35,18 @@ def main() -> None:
             options.model, frames[:4], options.scheme, backend=options.backend, measure=False
         )
     name = f"{potential.report.model}-{potential.report.scheme}-{options.molecule}"
-    atoms = frames[0].copy()
-    atoms.calc = GAQCalculator(potential)
-    energies = run(atoms, options)
+    dynamics = run(potential, frames[0], options)
 
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     table, picture = folder / f"md-{name}.csv", folder / f"md-{name}.png"
-    write_csv(table, energies)
-    drift = fit_drift(energies, len(atoms))
-    plot(picture, energies, drift, f"{name}, {options.timestep} fs, {options.temperature:.0f} K start")
-    print(f"{name}: {options.steps} steps of {options.timestep} fs")
-    print(f"drift        {drift.slope:+.4f} +- {drift.uncertainty:.4f} meV/atom/ps")
+    write_csv(table, dynamics)
+    plot(picture, dynamics, f"{name}, {options.timestep} fs, {options.temperature:.0f} K start")
+    print(f"{name}: {dynamics.steps} steps of {options.timestep} fs")
+    if dynamics.diverged:
+        print(f"ended early: {dynamics.diverged}")
+    drift = dynamics.drift
+    print(f"drift        {drift.slope:+.4f} +- {drift.error:.4f} meV/atom/ps")
     print(f"fluctuation  {drift.fluctuation:.4f} meV/atom (standard deviation about the line)")
     print(f"wrote {table} and {picture}")
 
@@ -78,73 +68,56 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(atoms: Atoms, options: argparse.Namespace) -> np.ndarray:
-    """Rows of time (fs), potential, kinetic and total energy (eV): one per step, the start included."""
-    rng = np.random.default_rng(options.seed)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=options.temperature, rng=rng)
-    Stationary(atoms)
-    ZeroRotation(atoms)
-    dynamics = VelocityVerlet(atoms, timestep=options.timestep * units.fs)
-    rows: list[tuple[float, ...]] = []
-
-    def record() -> None:
-        potential, kinetic = atoms.get_potential_energy(), atoms.get_kinetic_energy()
-        rows.append((len(rows) * options.timestep, potential, kinetic, potential + kinetic))
-
+def run(potential: gaq_compile.Potential, atoms: Atoms, options: argparse.Namespace) -> Dynamics:
+    """Velocity Verlet from a Maxwell-Boltzmann start, with a progress bar."""
+    settings = Settings(options.timestep, options.temperature, options.seed)
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("dynamics", total=options.steps + 1)
-        dynamics.attach(record)
-        dynamics.attach(lambda: bar.advance(task))
-        dynamics.run(options.steps)
-    return np.array(rows)
+        task = bar.add_task("dynamics", total=options.steps)
+        return nve(
+            GAQCalculator(potential),
+            atoms,
+            options.steps,
+            settings,
+            progress=lambda step: bar.update(task, completed=step),
+        )
 
 
-def fit_drift(energies: np.ndarray, atoms: int, blocks: int = 10) -> Drift:
-    """Least squares over block means of the total energy.
-
-    Neighbouring steps are correlated, so the uncertainty of a fit through single steps would be
-    far too small; block means are nearly independent.
-    """
-    time, total = 1e-3 * energies[:, 0], 1e3 * (energies[:, 3] - energies[0, 3]) / atoms
-    slope, offset = np.polyfit(time, total, 1)
-    fluctuation = float(np.std(total - slope * time - offset))
-    count = min(blocks, len(time) // 2)
-    if count < 4:
-        return Drift(float(slope), float("nan"), fluctuation)
-    times = np.array([part.mean() for part in np.array_split(time, count)])
-    means = np.array([part.mean() for part in np.array_split(total, count)])
-    (slope, _), covariance = np.polyfit(times, means, 1, cov=True)
-    return Drift(float(slope), float(np.sqrt(covariance[0, 0])), fluctuation)
-
-
-def write_csv(path: Path, energies: np.ndarray) -> None:
+def write_csv(path: Path, dynamics: Dynamics) -> None:
+    """One row per step, the start included: time (fs), potential, kinetic and total energy (eV)."""
+    columns = (1e3 * dynamics.time_ps, dynamics.potential, dynamics.kinetic, dynamics.total)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["time_fs", "potential_ev", "kinetic_ev", "total_ev"])
-        writer.writerows([f"{time:.4f}", *(f"{e:.8f}" for e in row)] for time, *row in energies)
+        writer.writerows(
+            [f"{time:.4f}", *(f"{e:.8f}" for e in row)] for time, *row in zip(*columns, strict=True)
+        )
 
 
-def plot(path: Path, energies: np.ndarray, drift: Drift, title: str) -> None:
+def plot(path: Path, dynamics: Dynamics, title: str) -> None:
     """Total energy above, its two parts below; both relative to the start."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    time = 1e-3 * energies[:, 0]
+    time, drift = dynamics.time_ps, dynamics.drift
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
-    total = 1e3 * (energies[:, 3] - energies[0, 3])
-    top.plot(time, total, lw=0.8, color="tab:blue")
-    label = f"drift {drift.slope:+.3f} $\\pm$ {drift.uncertainty:.3f} meV/atom/ps"
+    top.plot(time, 1e3 * risen(dynamics.total), lw=0.8, color="tab:blue")
+    label = f"drift {drift.slope:+.3f} $\\pm$ {drift.error:.3f} meV/atom/ps"
     top.set(title=title, ylabel="total energy (meV)")
     top.legend([label], loc="best")
-    bottom.plot(time, energies[:, 1] - energies[0, 1], lw=0.8, label="potential", color="tab:orange")
-    bottom.plot(time, energies[:, 2] - energies[0, 2], lw=0.8, label="kinetic", color="tab:green")
+    bottom.plot(time, risen(dynamics.potential), lw=0.8, label="potential", color="tab:orange")
+    bottom.plot(time, risen(dynamics.kinetic), lw=0.8, label="kinetic", color="tab:green")
     bottom.set(xlabel="time (ps)", ylabel="energy (eV)")
     bottom.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def risen(energy: np.ndarray) -> np.ndarray:
+    """What has been added since the start."""
+    return energy - energy[0]
 
 
 if __name__ == "__main__":

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import platform
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 
 import torch
 from ase import Atoms
-from ase.stress import voigt_6_to_full_3x3_stress
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -22,39 +19,21 @@ import gaq_compile.backends.reference
 import gaq_compile.backends.tvm  # noqa: F401 - backends register themselves when imported
 
 from .backends.base import Backend, make_backend
-from .capture import find_recipe
-from .capture.base import EnergyModel, Original, RawPrediction
-from .capture.export import export_energy
-from .capture.generic import TensorModel
-from .capture.graphs import CalibratedRange, GraphFormat, Tensors, calibrated_range, collate
-from .capture.limits import Limits
-from .capture.pretrained import load_model
+from .capture.graphs import CalibratedRange, calibrated_range
 from .config import AUTO, DEFAULT_SCHEME, QuantConfig, is_conservative, resolve
-from .datasets import evenly_spaced
-from .errors import AccuracyWarning, ConfigError, NoEdgesError
+from .errors import AccuracyWarning, ConfigError
 from .ir.specs import linear_spec
 from .passes.calibrate import quantization_sites
 from .passes.choose_bits import choose_bits
-from .passes.evaluate import Comparison
-from .passes.fuse_rows import fuse_rows
 from .passes.graph_tools import attribute, gaq
 from .passes.lower import Placement, lower
-from .passes.observe import Observed, observe
-from .passes.pack_rows import pack_rows
-from .passes.pipeline import prepare, quantize_graph
+from .passes.observe import Observed
+from .passes.pipeline import group_rows, quantize_graph
 from .potential import Potential
+from .subject import Subject, trace
 from .verify import checks
 from .verify.parity import Parity
 from .verify.report import Report
-from .verify.structures import rattled
-from .verify.types import Prediction
-
-RATTLES = (0.03, 0.06, 0.1)  # Å, of the copies that calibration sees
-ENOUGH_ATOMS = 256
-MOST_ROUNDS = 30
-BATCH_ATOMS = 64
-ENOUGH_TO_CHOOSE = 128  # atoms
-MOST_TRIALS = 16  # structures
 
 
 def quantize(
@@ -118,7 +97,7 @@ def quantize(
 
     traced = _Trace(prepared, subject, backends, strict, progress)
     fused = _build(traced, resolve("fp32"))
-    fp32 = checks.check_fp32(subject.sides(fused), subject.tests, subject.name)
+    fp32 = checks.check_fp32(subject.sides(fused.potential), subject.tests, subject.name)
     built = fused if config == resolve("fp32") else _build(traced, config)
     report = replace(
         _blank_report(subject, built.config, backends[0]),
@@ -129,13 +108,6 @@ def quantize(
     _warn_if_missed(report, config.max_force_error)
     graphs = {**stages, **built.graphs}
     return Potential(graphs, subject.form, built.config, report, _calibrated(subject, built.config))
-
-
-def trace(model: nn.Module | str, example_graph: Any) -> tuple[_Subject, dict[str, GraphModule]]:
-    """What is compiled, and its float energy graph by stage; arguments as for :func:`quantize`."""
-    subject = _subject(model, example_graph)
-    exported = export_energy(subject.energy_model, subject.example)
-    return subject.limited(exported.limits), prepare(exported.graph)
 
 
 def _warn_if_missed(report: Report, most: float | None) -> None:
@@ -149,12 +121,14 @@ def _warn_if_missed(report: Report, most: float | None) -> None:
         )
 
 
-def _calibrated(subject: _Subject, config: QuantConfig) -> CalibratedRange | None:
+def _calibrated(subject: Subject, config: QuantConfig) -> CalibratedRange | None:
     """The range to warn outside of; only rounded activations saturate."""
     rounds = not is_conservative(config)
     if subject.form.positions is not None or not (rounds or config.rounds_together):
         return None
-    return calibrated_range([subject.collate([atoms]) for atoms in subject.calibration], rounds)
+    inputs = subject.form.inputs
+    batches = [dict(zip(inputs, batch, strict=True)) for batch in subject.calibration_batches]
+    return calibrated_range(batches, rounds)
 
 
 def _names(prepared: GraphModule) -> list[str]:
@@ -181,84 +155,11 @@ def load(
     from .io import read
 
     content = read(Path(path))
-    fused = pack_rows(fuse_rows(content.graph, content.form))
-    lowered, placements = lower(fused, _backends(backend, target), strict)
+    grouped = group_rows(content.graph, content.form)
+    lowered, placements = lower(grouped, _backends(backend, target), strict)
     report = replace(content.report, placements=placements)
-    graphs = {"fold_integers": content.graph, "fuse_rows": fused, "lower": lowered}
+    graphs = {"fold_integers": content.graph, "group_rows": grouped, "lower": lowered}
     return Potential(graphs, content.form, content.config, report, content.calibrated)
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """What is compiled: a model, its original form, and structures to calibrate and test on."""
-
-    name: str
-    energy_model: EnergyModel
-    original: Original
-    structures: list[Atoms]
-    collate: Callable[[Sequence[Atoms]], Tensors]
-    example: list[Tensor]
-    calibration: list[Atoms]
-    rotates: bool = True
-
-    @property
-    def form(self) -> GraphFormat:
-        return self.energy_model.form
-
-    @property
-    def tests(self) -> list[Atoms]:
-        """Perturbed structures that calibration has not seen."""
-        return [_moved(self.structures[0], 0.05, 101), _moved(self.structures[-1], 0.04, 102)]
-
-    @property
-    def trials(self) -> list[Atoms]:
-        """Others of these, for choices that are made by measuring: of every structure, if not too many."""
-        some = evenly_spaced(self.structures, MOST_TRIALS)
-        found: list[Atoms] = []
-        for k, atoms in enumerate(itertools.islice(itertools.cycle(some), MOST_TRIALS)):
-            if k >= max(2, len(some)) and sum(map(len, found)) >= ENOUGH_TO_CHOOSE:
-                break
-            found.append(_moved(atoms, 0.05, 201 + k))
-        return found
-
-    def limited(self, limits: Limits) -> _Subject:
-        """The same, with what export assumed about the inputs."""
-        model = self.energy_model
-        return replace(self, energy_model=replace(model, form=replace(model.form, limits=limits)))
-
-    def inputs(self, structures: Sequence[Atoms]) -> list[Tensor]:
-        tensors = self.collate(structures)
-        return [tensors[name] for name in self.form.inputs]
-
-    def batches(self, structures: Sequence[Atoms]) -> list[list[Tensor]]:
-        """Inputs of all structures, small ones together, which is several times faster."""
-        if self.form.positions is not None:  # a model of its own tensors takes one at a time
-            return self.batches_alone(structures)
-        groups: list[list[Atoms]] = []
-        room = 0
-        for atoms in structures:
-            if len(atoms) > room:
-                groups.append([])
-                room = BATCH_ATOMS
-            groups[-1].append(atoms)
-            room -= len(atoms)
-        return [self.inputs(group) for group in groups]
-
-    def batches_alone(self, structures: Sequence[Atoms]) -> list[list[Tensor]]:
-        """Inputs of every structure alone, whose energies are wanted one by one."""
-        return [self.inputs([atoms]) for atoms in structures]
-
-    def sides(self, built: _Built) -> checks.Sides:
-        return checks.Sides(self._predict_original, lambda structures: self.predict(built, structures))
-
-    def _predict_original(self, structures: list[Atoms]) -> list[Prediction]:
-        return [_prediction(self.original.predict(atoms)) for atoms in structures]
-
-    def predict(self, built: _Built, structures: list[Atoms]) -> list[Prediction]:
-        if self.form.positions is None:
-            return built.potential.predict(structures)
-        found = [built.potential.evaluate(self.collate([atoms])) for atoms in structures]
-        return [Prediction(float(out["energy"].sum()), out["forces"].numpy()) for out in found]
 
 
 @dataclass(frozen=True)
@@ -266,7 +167,7 @@ class _Trace:
     """What every build of one model shares."""
 
     prepared: GraphModule
-    subject: _Subject
+    subject: Subject
     backends: list[Backend]
     strict: bool
     progress: bool
@@ -286,48 +187,16 @@ class _Built:
     potential: Potential
 
 
-def _subject(model: nn.Module | str, example_graph: Any) -> _Subject:
-    name, model = (model, load_model(model)) if isinstance(model, str) else (type(model).__name__, model)
-    if _are_structures(example_graph):
-        structures = [example_graph] if isinstance(example_graph, Atoms) else list(example_graph)
-        return _structure_subject(name, model, structures)
-    captured = TensorModel(model, example_graph)
-    structures = captured.structures()
-    example = [captured.tensors[n] for n in captured.form.inputs]
-    return _Subject(
-        name, captured.energy_model(), captured, structures, captured.collate, example,
-        _rattled_too(structures), captured.rotates_whole,
-    )  # fmt: skip
-
-
-def _are_structures(example: Any) -> bool:
-    if isinstance(example, Atoms):
-        return True
-    return isinstance(example, list | tuple) and all(isinstance(item, Atoms) for item in example)
-
-
-def _structure_subject(name: str, model: nn.Module, structures: list[Atoms]) -> _Subject:
-    recipe = find_recipe(model)
-    energy_model = recipe.energy_model(model)
-    form = energy_model.form
-    _check_edges(structures, form)
-    example = collate([structures[0], *_tracing_partner(structures)], form)
-    calibration = _rattled_too(structures)
-    return _Subject(
-        name, energy_model, recipe.original(model), structures, lambda s: collate(s, form),
-        [example[n] for n in form.inputs], calibration,
-    )  # fmt: skip
-
-
 def _build(trace: _Trace, config: QuantConfig) -> _Built:
     subject = trace.subject
-    calibration = subject.batches(subject.calibration)
-    observed = observe(trace.prepared, config, subject.form, calibration, trace.progress)
+    observed = subject.observe(trace.prepared, config, trace.progress)
     config, choice = _chosen(trace, config, observed)
-    stages = quantize_graph(trace.prepared, config, observed, subject.form, subject.example, calibration)
-    fused = pack_rows(fuse_rows(stages["fold_integers"], subject.form))
-    lowered, placements = lower(fused, trace.backends, trace.strict, trace.progress)
-    graphs = {**stages, "fuse_rows": fused, "lower": lowered}
+    stages = quantize_graph(
+        trace.prepared, config, observed, subject.form, subject.example, subject.calibration_batches
+    )
+    grouped = group_rows(stages["fold_integers"], subject.form)
+    lowered, placements = lower(grouped, trace.backends, trace.strict, trace.progress)
+    graphs = {**stages, "group_rows": grouped, "lower": lowered}
     blank = _blank_report(subject, config, trace.backends[0])
     return _Built(config, choice, graphs, placements, Potential(graphs, subject.form, config, blank))
 
@@ -336,13 +205,12 @@ def _chosen(trace: _Trace, config: QuantConfig, observed: Observed) -> tuple[Qua
     """The configuration with its bits chosen, if it leaves a choice, and how it came about."""
     if config.max_force_error is None:
         return config, {}
-    subject = trace.subject
-    comparison = Comparison(trace.prepared, subject.form, subject.batches_alone(subject.trials))
-    choice = choose_bits(trace.prepared, config, observed, comparison, trace.progress)
+    comparison = trace.subject.comparison(trace.prepared, trace.subject.trials)
+    choice = choose_bits(trace.prepared, config, observed, comparison.error, trace.progress)
     found = {
         "max_force_error_mev_per_a": config.max_force_error,
         "force_mae_mev_per_a": choice.chosen.error.force_mev_per_a,
-        "atoms": choice.atoms,
+        "atoms": comparison.atoms,
         "max_weight_share": choice.config.max_weight_share,
         "max_wide_share": choice.config.max_wide_share,
         "trials": [asdict(trial) for trial in choice.trials],
@@ -355,53 +223,7 @@ def _backends(name: str, target: str | None) -> list[Backend]:
     return [chosen] if name == "reference" else [chosen, make_backend("reference")]
 
 
-def _check_edges(structures: Sequence[Atoms], form: GraphFormat) -> None:
-    tensors = collate(structures, form)
-    if tensors["edge_vec"].shape[0] == 0:
-        raise NoEdgesError(
-            f"the example has no edges within the cutoff of {form.cutoff} Å",
-            fix="pass a structure whose atoms have neighbours; single atoms can be evaluated afterwards",
-        )
-
-
-def _tracing_partner(structures: Sequence[Atoms]) -> list[Atoms]:
-    """A second graph of another size: sizes of 0 and 1, and equal sizes, would be baked in."""
-    first = structures[0]
-    symbol = first.get_chemical_symbols()[0]
-    triple = Atoms([symbol] * 3, positions=[[0, 0, 0], [1.5, 0, 0], [0, 1.6, 0.2]])
-    triple.info.update({k: v for k, v in first.info.items() if k in ("charge", "spin")})
-    return [triple]
-
-
-def _rattled_too(structures: Sequence[Atoms]) -> list[Atoms]:
-    """The user's structures and rattled copies: more of the range than one geometry shows.
-
-    So many copies that there are ``ENOUGH_ATOMS``: each channel has a range of its own, and what
-    lies beyond it is clipped.
-    """
-    sets = math.ceil(ENOUGH_ATOMS / sum(map(len, structures)))
-    rounds = max(1, math.ceil((sets - 1) / len(RATTLES)))
-    moved = [
-        _moved(s, stdev, k + len(RATTLES) * turn)
-        for turn in range(min(rounds, MOST_ROUNDS))
-        for k, stdev in enumerate(RATTLES)
-        for s in structures
-    ]
-    return [*structures, *moved]
-
-
-def _moved(atoms: Atoms, stdev: float, seed: int) -> Atoms:
-    moved = rattled(atoms, stdev, seed)
-    moved.info.update({k: v for k, v in atoms.info.items() if k in ("charge", "spin")})
-    return moved
-
-
-def _prediction(raw: RawPrediction) -> Prediction:
-    stress = None if raw.stress is None else voigt_6_to_full_3x3_stress(raw.stress)
-    return Prediction(raw.energy, raw.forces, stress, raw.energies)
-
-
-def _blank_report(subject: _Subject, config: QuantConfig, backend: Backend) -> Report:
+def _blank_report(subject: Subject, config: QuantConfig, backend: Backend) -> Report:
     tensors = subject.collate(subject.structures[:1])
     edges = tensors["edge_vec"].shape[0] if "edge_vec" in tensors else 0
     return Report(
@@ -415,9 +237,9 @@ def _blank_report(subject: _Subject, config: QuantConfig, backend: Backend) -> R
     )
 
 
-def _measured(subject: _Subject, built: _Built, fp32: Parity, full: bool) -> dict[str, Any]:
+def _measured(subject: Subject, built: _Built, fp32: Parity, full: bool) -> dict[str, Any]:
     """Every figure of the report; time and memory only if ``full``."""
-    sides, tests = subject.sides(built), subject.tests
+    sides, tests = subject.sides(built.potential), subject.tests
     found: dict[str, Any] = {
         "accuracy": checks.accuracy_figures(sides, tests, fp32),
         "conservativity": checks.conservativity_figures(

@@ -29,9 +29,7 @@ OBSERVERS = ("minmax", "percentile", "mse")
 GRANULARITIES = ("channel", "block", "tensor")
 ROUNDINGS = ("second-order", "nearest")
 WEIGHT_BITS = (4, 8, 16)
-WIDE_SHARE = (
-    0.3  # of the multiplications, for 8-bit activations: with 0.1 dynamics heat up (docs/numerics.md)
-)
+WIDE_SHARE = 0.3  # of the multiplications, 8-bit activations: with 0.1 dynamics heat up (docs/numerics.md)
 # Of float32's bytes; all weights at 4 (8) bits take 0.13 (0.26) with their scales. The rest goes to the
 # layers that suffer most, species embeddings first.
 WEIGHT_SHARES = {4: 0.148, 8: 0.268}

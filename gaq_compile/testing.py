@@ -395,7 +395,7 @@ def _evaluator(thing: Any) -> Evaluate | None:
     if isinstance(thing, str | nn.Module):
         from .capture import find_recipe
         from .capture.pretrained import load_model
-        from .tools.recheck import evaluator
+        from .subject import evaluator
 
         model = load_model(thing) if isinstance(thing, str) else thing
         return evaluator(find_recipe(model).original(model))

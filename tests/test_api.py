@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,40 +120,6 @@ def test_a_choice_survives_a_file(small, tmp_path):
     assert loaded.config == potential.config and loaded.config.max_force_error == 50.0
     assert loaded.report.choice == json.loads(json.dumps(potential.report.choice)) != {}
     assert loaded.report.to_dict()["choice"]["trials"]
-
-
-def _subject(sizes: list[int]) -> api._Subject:
-    structures = [Atoms("H" * n, positions=3.0 * np.arange(3 * n).reshape(n, 3)) for n in sizes]
-    form = SimpleNamespace(positions=None, inputs=("sizes",))
-    return api._Subject(
-        "sizes", SimpleNamespace(form=form), None, structures,
-        lambda batch: {"sizes": torch.tensor([len(atoms) for atoms in batch])}, [], structures,
-    )  # fmt: skip
-
-
-def test_small_structures_are_calibrated_together():
-    subject = _subject([20, 30, 14, 1, 100, 64, 65, 9])
-    groups = [sizes.tolist() for (sizes,) in subject.batches(subject.structures)]
-    assert groups == [[20, 30, 14], [1], [100], [64], [65], [9]]
-    assert [s.tolist() for (s,) in subject.batches_alone(subject.structures[:2])] == [[20], [30]]
-
-
-@pytest.mark.parametrize(
-    ("sizes", "trials"),
-    [
-        ([24], [24] * 6),
-        ([3], [3] * 16),
-        ([256], [256] * 2),
-        ([256, 3, 6, 12], [256, 3, 6, 12]),
-        ([3, 256], [3, 256]),
-        ([40, 30], [40, 30, 40, 30]),
-        ([*range(10, 50)], [10, 13, 15, 18, 20, 23, 26, 28, 31, 33, 36, 39, 41, 44, 46, 49]),
-    ],
-)
-def test_bits_are_chosen_on_every_structure_unless_there_are_many(sizes, trials):
-    found = _subject(sizes).trials
-    assert [len(atoms) for atoms in found] == trials
-    assert len({atoms.positions.tobytes() for atoms in found}) == len(found)
 
 
 def test_auto_wants_to_know_the_force_error(small):
@@ -412,15 +377,3 @@ def test_kernels_batch_and_single_atoms(so3lr_w8a8):
         assert np.isfinite(prediction.forces).all()
     assert np.abs(together[1].forces).max() == 0 and np.abs(together[3].forces[3]).max() == 0
     assert not so3lr_w8a8.report.fallback
-
-
-@pytest.mark.parametrize(("atoms", "copies"), [(8, 33), (24, 12), (64, 3), (200, 3), (1, 90)])
-def test_small_examples_are_rattled_more_often(atoms, copies):
-    """What few atoms do not show is clipped: calibration sees 256, or three copies at least."""
-    from gaq_compile.api import _rattled_too
-
-    example = Atoms("H" * atoms, positions=np.arange(3.0 * atoms).reshape(-1, 3))
-    found = _rattled_too([example])
-    assert len(found) == 1 + copies and (len(found) * atoms >= 256 or atoms == 1)
-    assert len({a.positions.tobytes() for a in found}) == len(found)
-    assert found[0] == example

@@ -19,7 +19,6 @@ from torch.fx import GraphModule
 
 from ..config import QuantConfig
 from ..errors import ConfigError
-from .evaluate import Comparison, GraphError
 from .insert_mddq import insert_mddq
 from .observe import Observed
 from .round_weights import Rounder
@@ -27,6 +26,24 @@ from .widen_activations import RoundedSite
 
 WIDE_SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 ACTIVATIONS_PART = 0.7  # of the force error; errors of weights add to it in squares, about
+
+
+@dataclass(frozen=True)
+class GraphError:
+    """How far one energy graph is from another on some structures.
+
+    Attributes:
+        force_mev_per_a: mean over components of ``|dF|``.
+        force_rel: that over the mean ``|F|`` of a component.
+        energy_mev_per_atom: mean over structures of ``|dE|`` per atom, of these graphs as they are.
+    """
+
+    force_mev_per_a: float
+    force_rel: float
+    energy_mev_per_atom: float
+
+
+ErrorOf = Callable[[GraphModule], GraphError]  # of an energy graph against the float one
 
 
 @dataclass(frozen=True)
@@ -54,20 +71,18 @@ class Choice:
         config: the configuration with its shares.
         chosen: its own trial.
         trials: all, in the order of measuring.
-        atoms: how many atoms the force errors are means over.
     """
 
     config: QuantConfig
     chosen: Trial
     trials: tuple[Trial, ...]
-    atoms: int
 
 
 def choose_bits(
     prepared: GraphModule,
     config: QuantConfig,
     observed: Observed,
-    comparison: Comparison,
+    error_of: ErrorOf,
     progress: bool = False,
 ) -> Choice:
     """The first configuration, in the order of bytes, whose force error is at most ``max_force_error``.
@@ -76,7 +91,7 @@ def choose_bits(
         prepared: the float energy graph.
         config: the fewest bits of each layer, and the force error to keep (meV/Å).
         observed: from :func:`.observe.observe`.
-        comparison: on structures that are not among the calibration data.
+        error_of: measures a graph, on structures that are not among the calibration data.
         progress: show a progress bar.
 
     Raises:
@@ -87,7 +102,7 @@ def choose_bits(
         raise ConfigError("no force error to keep", fix="set max_force_error (meV/Å)")
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("choosing bits", total=None)
-        variants = Variants(prepared, config, observed, comparison, lambda: bar.advance(task))
+        variants = Variants(prepared, config, observed, error_of, lambda: bar.advance(task))
         wide_shares = _wide_shares(observed)
         for wide in wide_shares:
             if wide != wide_shares[-1] and not _leaves_room(variants, wide, most):
@@ -95,7 +110,7 @@ def choose_bits(
             chosen = _fewest_bytes(variants, wide, most)
             if chosen is not None:
                 shares = {"max_weight_share": chosen.max_weight_share, "max_wide_share": wide or None}
-                return Choice(replace(config, **shares), chosen, tuple(variants.trials), comparison.atoms)
+                return Choice(replace(config, **shares), chosen, tuple(variants.trials))
     choices = [trial for trial in variants.trials if trial.max_weight_share is not None]
     least = min(trial.error.force_mev_per_a for trial in choices)
     raise ConfigError(
@@ -131,12 +146,12 @@ class Variants:
         prepared: GraphModule,
         config: QuantConfig,
         observed: Observed,
-        comparison: Comparison,
+        error_of: ErrorOf,
         tell: Callable[[], object] = lambda: None,
     ) -> None:
         self.trials: list[Trial] = []
         self._prepared, self._config, self._observed = prepared, config, observed
-        self._comparison, self._tell = comparison, tell
+        self._error_of, self._tell = error_of, tell
         self._sides: dict[float | None, tuple[dict[str, RoundedSite], Rounder]] = {}
 
     def shares(self, wide: float | None) -> list[float]:
@@ -164,7 +179,7 @@ class Variants:
         weights = {} if share is None else rounder.within(share)
         graph = insert_mddq(self._prepared, self._config, activations, weights)
         size = rounder.float_bytes if share is None else rounder.bytes_of(weights)
-        trial = Trial(share, wide, size, self._comparison.error(graph))
+        trial = Trial(share, wide, size, self._error_of(graph))
         self.trials.append(trial)
         self._tell()
         return trial

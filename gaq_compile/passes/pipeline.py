@@ -12,9 +12,11 @@ from ..config import QuantConfig
 from .cancel_relayouts import cancel_relayouts
 from .derive_forces import derive_forces
 from .fold_integers import fold_integers
+from .fuse_rows import fuse_rows
 from .fuse_tensor_products import fuse_tensor_products
 from .insert_mddq import insert_mddq
 from .observe import Observed
+from .pack_rows import pack_rows
 from .round_weights import round_weights
 from .shift_energies import shift_energies
 from .simplify import simplify
@@ -64,3 +66,13 @@ def quantize_graph(
     forces = tag_irreps(simplify(derive_forces(quantized, form, example), differentiated=True))
     folded = tag_irreps(fold_integers(forces))
     return {"insert_mddq": quantized, "derive_forces": forces, "fold_integers": folded}
+
+
+def group_rows(integer: GraphModule, form: GraphFormat) -> GraphModule:
+    """What torch would run operator by operator, in groups that one kernel each can run.
+
+    Args:
+        integer: the last stage of :func:`quantize_graph`, which is also what files hold.
+        form: the graph's inputs.
+    """
+    return pack_rows(fuse_rows(integer, form))

@@ -11,10 +11,11 @@ from ..capture.base import Original
 from ..capture.graphs import collate
 from ..config import is_conservative
 from ..potential import Potential
+from ..subject import evaluator
 from ..verify import checks
 from ..verify.parity import parity
 from ..verify.report import Report
-from ..verify.types import Evaluate, Prediction, full_stress
+from ..verify.types import Evaluate
 
 ROTATED = 4  # structures that are rotated
 DISPLACED = 2  # structures whose energy is differenced
@@ -49,17 +50,6 @@ def recheck(potential: Potential, structures: Sequence[Atoms], original: Origina
         speed={},
         memory={name: potential.report.memory[name] for name in kept if name in potential.report.memory},
     )
-
-
-def evaluator(original: Original) -> Evaluate:
-    """The user's own model as an instrument sees it."""
-    return lambda structures: [_prediction(original, atoms) for atoms in structures]
-
-
-def _prediction(original: Original, atoms: Atoms) -> Prediction:
-    raw = original.predict(atoms)
-    stress = None if raw.stress is None else full_stress(raw.stress)
-    return Prediction(raw.energy, raw.forces, stress, raw.energies)
 
 
 def _accuracy(potential: Potential, frames: list[Atoms], original: Evaluate) -> dict[str, float]:

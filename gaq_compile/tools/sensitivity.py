@@ -21,17 +21,16 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..api import trace
 from ..config import Override, QuantConfig, resolve
 from ..errors import ConfigError
 from ..ir.specs import linear_spec
 from ..numerics.weights import weight_bytes
-from ..passes.evaluate import Comparison
 from ..passes.graph_tools import calls, gaq
 from ..passes.insert_mddq import insert_mddq
-from ..passes.observe import Observed, observe
+from ..passes.observe import Observed
 from ..passes.round_weights import round_weights
 from ..passes.widen_activations import RoundedSite
+from ..subject import trace
 
 SHOWN = 25  # nodes in a printed table and in a plot
 
@@ -132,17 +131,14 @@ def sensitivity(
     config = resolve(scheme)
     subject, stages = trace(model, example_graph)
     prepared = stages["tag_irreps"]
-    calibration = subject.batches(subject.calibration)
-    tests = subject.batches_alone(subject.tests)
-    observed = observe(prepared, config, subject.form, calibration, progress)
-    variants = _Variants(prepared, config, observed)
+    variants = _Variants(prepared, config, subject.observe(prepared, config, progress))
     alone = list(variants.alone(nodes))
     if not alone:
         raise ConfigError(
             f"{config.scheme!r} quantizes no node that matches {nodes!r}",
             fix="use another scheme, or nodes='*'",
         )
-    comparison = Comparison(prepared, subject.form, tests)
+    comparison = subject.comparison(prepared, subject.tests)
     found = []
     with Progress(disable=not progress, transient=True) as bar:
         for label, what, bits, size, graph in bar.track(alone, description="one node at a time"):

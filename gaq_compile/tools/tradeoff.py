@@ -17,13 +17,11 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..api import trace
 from ..config import AUTO, QuantConfig, resolve
 from ..datasets import evenly_spaced
 from ..errors import ConfigError
 from ..passes.choose_bits import Trial, Variants
-from ..passes.evaluate import Comparison
-from ..passes.observe import observe
+from ..subject import trace
 
 
 @dataclass(frozen=True)
@@ -105,9 +103,9 @@ def tradeoff(
         )
     subject, stages = trace(model, example_graph)
     prepared = stages["tag_irreps"]
-    observed = observe(prepared, config, subject.form, subject.batches(subject.calibration), progress)
-    comparison = Comparison(prepared, subject.form, subject.batches_alone(subject.trials))
-    variants = Variants(prepared, config, observed, comparison)
+    observed = subject.observe(prepared, config, progress)
+    comparison = subject.comparison(prepared, subject.trials)
+    variants = Variants(prepared, config, observed, comparison.error)
     wide = config.max_wide_share
     with Progress(disable=not progress, transient=True) as bar:
         shares = evenly_spaced(variants.shares(wide), points)

@@ -173,7 +173,9 @@ def _launch(
         try:
             stdout, stderr = process.communicate(timeout=timeout)
         except BaseException:
-            os.killpg(process.pid, 9)  # the launcher and the command: its own session
+            # Whatever it is, and it may be Ctrl-C or a test's time limit: nobody else would end the launcher
+            # and the command, which have a session of their own, and leaving the block waits for them.
+            os.killpg(process.pid, 9)
             raise
     return subprocess.CompletedProcess(launcher, process.returncode, stdout, stderr)
 

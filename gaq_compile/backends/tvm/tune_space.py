@@ -71,6 +71,7 @@ class LinearFamily:
     """Linear maps: register tile, rows of a task, order of the loops, serial or parallel."""
 
     def options(self, key: KernelKey) -> dict[str, tuple[Any, ...]]:
+        """Tiles that the registers hold, and the loop order and threshold only where they matter."""
         unit = vector_unit(key.target)
         default = default_schedule(unit)
         problem, plan = _problem(key), _plan(key, default)
@@ -90,9 +91,11 @@ class LinearFamily:
         }
 
     def default(self, key: KernelKey) -> dict[str, Any]:
+        """The fields of the plan's own schedule for the target's vector unit."""
         return _fields(default_schedule(vector_unit(key.target)))
 
     def schedule(self, key: KernelKey, choice: Choice) -> dict[str, Any]:
+        """The choice's tile and task; a flip moves the threshold to the other side of the work."""
         default = default_schedule(vector_unit(key.target))
         work, threshold = key.rows * _plan(key, default).work_per_row, default.serial_work
         if choice["flip"]:
@@ -101,11 +104,13 @@ class LinearFamily:
         return _fields(made)
 
     def text(self, key: KernelKey, schedule: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
+        """The kernel's text, and whether it runs in parallel with rows of a task."""
         plan = _plan(key, schedule_from(schedule))
         parallel, task = launch(plan, key.rows, threads())
         return dense_text(plan, parallel), (parallel, task)
 
     def example(self, key: KernelKey, schedule: dict[str, Any], kernel: Callable[..., None]) -> Call:
+        """A call on seeded rows, with the weights and steps as the kernel packs them."""
         problem = _problem(key)
         x, tensors = _linear_tensors(problem, key.rows)
         lowered = lower_linear(problem, *tensors, key.target, schedule_from(schedule))
@@ -119,17 +124,23 @@ class LinearFamily:
         return call
 
     def work(self, problem: str) -> int:
+        """Multiplications per row, over all paths."""
         spec = LinearProblem(**json.loads(problem)).linear
         return sum(p.numel * p.block_in.components for p in spec.paths)
 
 
 class ConvFamily:
-    """Convolutions: edges of a chunk, registers of sums (forward), where weights are prefetched to."""
+    """Convolutions: edges of a chunk, registers of sums (forward), where weights are prefetched to.
+
+    Args:
+        backward: the gradient's kernels, not the forward ones.
+    """
 
     def __init__(self, backward: bool) -> None:
         self.backward = backward
 
     def options(self, key: KernelKey) -> dict[str, tuple[Any, ...]]:
+        """Edges of a chunk, registers of sums (forward only), and where to prefetch to."""
         lanes = vector_lanes(key.target)
         sums = (8, 10, 12) if lanes == 8 else (8, 12, 16, 20, 24, 28)
         return {
@@ -139,17 +150,21 @@ class ConvFamily:
         }
 
     def default(self, key: KernelKey) -> dict[str, Any]:
+        """The fields of the untuned schedule."""
         return asdict(ConvSchedule())
 
     def schedule(self, key: KernelKey, choice: Choice) -> dict[str, Any]:
+        """A choice has the schedule's own fields."""
         return asdict(ConvSchedule(**choice))
 
     def text(self, key: KernelKey, schedule: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
+        """The kernel's text; it needs nothing else to be launched."""
         source = backward_source if self.backward else forward_source
         spec = str(json.loads(key.problem)["spec"])
         return source(spec, vector_lanes(key.target), conv_schedule_from(schedule)), ()
 
     def example(self, key: KernelKey, schedule: dict[str, Any], kernel: Callable[..., None]) -> Call:
+        """A call on seeded features of a regular graph; gradients if backward."""
         spec = tensor_product_spec(str(json.loads(key.problem)["spec"]))
         edges, nodes = _graph(key.rows)
         g = torch.Generator().manual_seed(0)
@@ -170,6 +185,7 @@ class ConvFamily:
         return call
 
     def work(self, problem: str) -> int:
+        """Multiplications per edge; the backward kernel has three products for one."""
         terms = conv_problem(str(json.loads(problem)["spec"])).terms
         once = sum(t.path.block_x.mul * len(t.pairs) for t in terms)
         return 3 * once if self.backward else once
@@ -196,14 +212,17 @@ def choices(key: KernelKey) -> list[Choice]:
 
 
 def _fields(schedule: DenseSchedule) -> dict[str, Any]:
+    """As JSON keeps them: lists, no tuples."""
     return asdict(schedule) | {"rows": list(schedule.rows)}
 
 
 def _problem(key: KernelKey) -> LinearProblem:
+    """The linear map that a key describes."""
     return LinearProblem(**json.loads(key.problem))
 
 
 def _plan(key: KernelKey, schedule: DenseSchedule) -> DensePlan:
+    """How a key's linear map is computed with a schedule."""
     return make_plan(_problem(key), key.target, schedule)
 
 

@@ -1,0 +1,223 @@
+"""What is compiled: a model, and the structures that it is calibrated and tested on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from ase import Atoms
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from .capture import find_recipe
+from .capture.base import EnergyModel, Original
+from .capture.export import export_energy
+from .capture.generic import TensorModel
+from .capture.graphs import GraphFormat, Tensors, collate
+from .capture.limits import Limits
+from .capture.pretrained import load_model
+from .config import QuantConfig
+from .datasets import evenly_spaced
+from .errors import NoEdgesError
+from .passes.observe import Observed, observe
+from .passes.pipeline import prepare
+from .potential import Potential
+from .verify.checks import Sides
+from .verify.energy_graphs import Comparison
+from .verify.structures import rattled
+from .verify.types import Evaluate, Prediction, full_stress
+
+RATTLES = (0.03, 0.06, 0.1)  # Å, of the copies that calibration sees
+ENOUGH_ATOMS = 256
+MOST_ROUNDS = 30
+BATCH_ATOMS = 64
+ENOUGH_TO_CHOOSE = 128  # atoms
+MOST_TRIALS = 16  # structures
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is compiled: a model, its original form, and structures to calibrate and test on."""
+
+    name: str
+    energy_model: EnergyModel
+    original: Original
+    structures: list[Atoms]
+    collate: Callable[[Sequence[Atoms]], Tensors]
+    example: list[Tensor]
+    calibration: list[Atoms]
+    rotates: bool = True
+
+    @property
+    def form(self) -> GraphFormat:
+        """The energy graph's inputs."""
+        return self.energy_model.form
+
+    @property
+    def tests(self) -> list[Atoms]:
+        """Perturbed structures that calibration has not seen."""
+        return [_moved(self.structures[0], 0.05, 101), _moved(self.structures[-1], 0.04, 102)]
+
+    @property
+    def trials(self) -> list[Atoms]:
+        """Others of these, for choices that are made by measuring: of every structure, if not too many."""
+        some = evenly_spaced(self.structures, MOST_TRIALS)
+        found: list[Atoms] = []
+        for k, atoms in enumerate(itertools.islice(itertools.cycle(some), MOST_TRIALS)):
+            if k >= max(2, len(some)) and sum(map(len, found)) >= ENOUGH_TO_CHOOSE:
+                break
+            found.append(_moved(atoms, 0.05, 201 + k))
+        return found
+
+    def limited(self, limits: Limits) -> Subject:
+        """The same, with what export assumed about the inputs."""
+        model = self.energy_model
+        return replace(self, energy_model=replace(model, form=replace(model.form, limits=limits)))
+
+    def inputs(self, structures: Sequence[Atoms]) -> list[Tensor]:
+        """Structures as one batch, in the order of the energy graph's inputs."""
+        tensors = self.collate(structures)
+        return [tensors[name] for name in self.form.inputs]
+
+    def batches(self, structures: Sequence[Atoms]) -> list[list[Tensor]]:
+        """Inputs of all structures, small ones together, which is several times faster."""
+        if self.form.positions is not None:  # a model of its own tensors takes one at a time
+            return self.batches_alone(structures)
+        groups: list[list[Atoms]] = []
+        room = 0
+        for atoms in structures:
+            if len(atoms) > room:
+                groups.append([])
+                room = BATCH_ATOMS
+            groups[-1].append(atoms)
+            room -= len(atoms)
+        return [self.inputs(group) for group in groups]
+
+    def batches_alone(self, structures: Sequence[Atoms]) -> list[list[Tensor]]:
+        """Inputs of every structure alone, whose energies are wanted one by one."""
+        return [self.inputs([atoms]) for atoms in structures]
+
+    @cached_property
+    def calibration_batches(self) -> list[list[Tensor]]:
+        """Inputs of the calibration structures; neighbours are looked for once."""
+        return self.batches(self.calibration)
+
+    def observe(self, prepared: GraphModule, config: QuantConfig, progress: bool = False) -> Observed:
+        """What calibration shows of the float energy graph (:func:`.passes.observe.observe`)."""
+        return observe(prepared, config, self.form, self.calibration_batches, progress)
+
+    def comparison(self, prepared: GraphModule, structures: Sequence[Atoms]) -> Comparison:
+        """Measures energy graphs against the float one on each of the structures."""
+        return Comparison(prepared, self.form, self.batches_alone(structures))
+
+    def sides(self, potential: Potential) -> Sides:
+        """The original model and a potential made from it, as evaluators of structures."""
+        return Sides(evaluator(self.original), lambda structures: self.predict(potential, structures))
+
+    def predict(self, potential: Potential, structures: list[Atoms]) -> list[Prediction]:
+        """What a potential made from this says; tensors of a model's own one structure at a time."""
+        if self.form.positions is None:
+            return potential.predict(structures)
+        found = [potential.evaluate(self.collate([atoms])) for atoms in structures]
+        return [Prediction(float(out["energy"].sum()), out["forces"].numpy()) for out in found]
+
+
+def evaluator(original: Original) -> Evaluate:
+    """The user's own model as an instrument sees it."""
+    return lambda structures: [_prediction(original, atoms) for atoms in structures]
+
+
+def _prediction(original: Original, atoms: Atoms) -> Prediction:
+    raw = original.predict(atoms)
+    stress = None if raw.stress is None else full_stress(raw.stress)
+    return Prediction(raw.energy, raw.forces, stress, raw.energies)
+
+
+def trace(model: nn.Module | str, example_graph: Any) -> tuple[Subject, dict[str, GraphModule]]:
+    """What is compiled, and its float energy graph by stage; arguments as for :func:`.api.quantize`.
+
+    Raises:
+        StructureError, NoEdgesError, UnknownElementError: for structures that cannot be used.
+        CaptureError: if the model cannot be captured; names the operator and the source line.
+    """
+    subject = _subject(model, example_graph)
+    exported = export_energy(subject.energy_model, subject.example)
+    return subject.limited(exported.limits), prepare(exported.graph)
+
+
+def _subject(model: nn.Module | str, example_graph: Any) -> Subject:
+    name, model = (model, load_model(model)) if isinstance(model, str) else (type(model).__name__, model)
+    if _are_structures(example_graph):
+        structures = [example_graph] if isinstance(example_graph, Atoms) else list(example_graph)
+        return _structure_subject(name, model, structures)
+    captured = TensorModel(model, example_graph)
+    structures = captured.structures()
+    example = [captured.tensors[n] for n in captured.form.inputs]
+    return Subject(
+        name, captured.energy_model(), captured, structures, captured.collate, example,
+        _rattled_too(structures), captured.rotates_whole,
+    )  # fmt: skip
+
+
+def _are_structures(example: Any) -> bool:
+    if isinstance(example, Atoms):
+        return True
+    return isinstance(example, list | tuple) and all(isinstance(item, Atoms) for item in example)
+
+
+def _structure_subject(name: str, model: nn.Module, structures: list[Atoms]) -> Subject:
+    recipe = find_recipe(model)
+    energy_model = recipe.energy_model(model)
+    form = energy_model.form
+    _check_edges(structures, form)
+    example = collate([structures[0], *_tracing_partner(structures)], form)
+    calibration = _rattled_too(structures)
+    return Subject(
+        name, energy_model, recipe.original(model), structures, lambda s: collate(s, form),
+        [example[n] for n in form.inputs], calibration,
+    )  # fmt: skip
+
+
+def _check_edges(structures: Sequence[Atoms], form: GraphFormat) -> None:
+    tensors = collate(structures, form)
+    if tensors["edge_vec"].shape[0] == 0:
+        raise NoEdgesError(
+            f"the example has no edges within the cutoff of {form.cutoff} Å",
+            fix="pass a structure whose atoms have neighbours; single atoms can be evaluated afterwards",
+        )
+
+
+def _tracing_partner(structures: Sequence[Atoms]) -> list[Atoms]:
+    """A second graph of another size: sizes of 0 and 1, and equal sizes, would be baked in."""
+    first = structures[0]
+    symbol = first.get_chemical_symbols()[0]
+    triple = Atoms([symbol] * 3, positions=[[0, 0, 0], [1.5, 0, 0], [0, 1.6, 0.2]])
+    triple.info.update({k: v for k, v in first.info.items() if k in ("charge", "spin")})
+    return [triple]
+
+
+def _rattled_too(structures: Sequence[Atoms]) -> list[Atoms]:
+    """The user's structures and rattled copies: more of the range than one geometry shows.
+
+    So many copies that there are ``ENOUGH_ATOMS``: each channel has a range of its own, and what
+    lies beyond it is clipped.
+    """
+    sets = math.ceil(ENOUGH_ATOMS / sum(map(len, structures)))
+    rounds = max(1, math.ceil((sets - 1) / len(RATTLES)))
+    moved = [
+        _moved(s, stdev, k + len(RATTLES) * turn)
+        for turn in range(min(rounds, MOST_ROUNDS))
+        for k, stdev in enumerate(RATTLES)
+        for s in structures
+    ]
+    return [*structures, *moved]
+
+
+def _moved(atoms: Atoms, stdev: float, seed: int) -> Atoms:
+    moved = rattled(atoms, stdev, seed)
+    moved.info.update({k: v for k, v in atoms.info.items() if k in ("charge", "spin")})
+    return moved

@@ -88,9 +88,9 @@ def tensor_product(x: Tensor, sh: Tensor, weight: Tensor, spec: str) -> Tensor:
 
 
 def tensor_product_backward(
-    grad: Tensor, x: Tensor, sh: Tensor, weight: Tensor, spec: str
+    grad: Tensor, x: Tensor, sh: Tensor, weight: Tensor, spec: str, of_sh: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`tensor_product` with respect to x, sh and weight."""
+    """Gradients of :func:`tensor_product` with respect to x, sh (zeros without ``of_sh``) and weight."""
     s = tensor_product_spec(spec)
     gx, gsh, gw = torch.zeros_like(x), torch.zeros_like(sh), torch.zeros_like(weight)
     for path in s.paths:
@@ -101,6 +101,8 @@ def tensor_product_backward(
         gw[:, span] += torch.einsum("eku,eik,eiu->eu", g, mix, xb)
         weighted = g * w[:, None, :]
         view(gx, path.block_x).add_(torch.einsum("eku,eik->eiu", weighted, mix))
+        if not of_sh:
+            continue
         outer = torch.einsum("eku,eiu->eik", weighted, xb)
         view(gsh, path.block_sh).add_(torch.einsum("eik,ijk->ej", outer, coupling)[:, :, None])
     return gx, gsh, gw
@@ -135,11 +137,11 @@ def conv(x: Tensor, sh: Tensor, weight: Tensor, edges: list[Tensor], spec: str) 
 
 
 def conv_backward(
-    grad: Tensor, x: Tensor, sh: Tensor, weight: Tensor, edges: list[Tensor], spec: str
+    grad: Tensor, x: Tensor, sh: Tensor, weight: Tensor, edges: list[Tensor], spec: str, of_sh: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`conv` with respect to x, sh and weight."""
+    """Gradients of :func:`conv` with respect to x, sh (zeros without ``of_sh``) and weight."""
     senders, receivers = edges[0].long(), edges[1].long()
-    gx, gsh, gw = tensor_product_backward(grad[receivers], x[senders], sh, weight, spec)
+    gx, gsh, gw = tensor_product_backward(grad[receivers], x[senders], sh, weight, spec, of_sh)
     return torch.zeros_like(x).index_add_(0, senders, gx), gsh, gw
 
 

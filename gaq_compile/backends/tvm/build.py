@@ -93,7 +93,8 @@ def compile_kernel(source: str, target: str) -> Any:
             return executable.jit()[ENTRY]
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            executable.export_library(str(made))
+            # The process has the C library; looking it up would take most of the linker's time.
+            executable.export_library(str(made), options=["-nostdlib"])
             os.replace(made, path)
     return _load_library(path)
 

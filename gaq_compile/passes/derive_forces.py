@@ -24,7 +24,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..capture.graphs import EDGE_VECTORS, GraphFormat
 from ..capture.limits import fixed_size
 from ..errors import CaptureError
-from .graph_tools import add_buffer, finished
+from .graph_tools import add_buffer, aten, finished
+
+# What gradient formulas do in place, and the same without, which keeps the type of what it is given.
+_PURE = {
+    aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
+    aten.masked_fill_.Tensor: aten.masked_fill.Tensor,
+    aten.logical_and_.default: aten.logical_and.default,  # of truth values
+}
 
 
 def outputs(form: GraphFormat) -> tuple[str, ...]:
@@ -74,9 +81,44 @@ def derive_forces(graph_module: GraphModule, form: GraphFormat, example: Sequenc
         arguments = (list(state.values()), list(example))
         traced = make_fx(energy_and_forces, tracing_mode="symbolic")(*arguments)
         # Gradient formulas work in place here and there; passes may only see pure operators.
-        traced = make_fx(functionalize(traced, remove="mutations"), tracing_mode="symbolic")(*arguments)
+        if not _without_mutations(traced):
+            traced = make_fx(functionalize(traced, remove="mutations"), tracing_mode="symbolic")(*arguments)
     _check_sizes(graph_module, traced, names)
     return finished(_with_attributes(traced, keys, state, names))
+
+
+def _without_mutations(traced: GraphModule) -> bool:
+    """Make in-place operators pure where that is plain to see; whether none is left.
+
+    Tracing lets later uses of a tensor read the in-place operator's node, so that only views, which
+    share its memory under other names, would miss the change.
+    """
+    mutations = [n for n in traced.graph.nodes if n.op == "call_function" and _schema_says(n, "is_mutable")]
+    if not all(n.target in _PURE and _is_alone(n.args[0]) and _keeps_type(n) for n in mutations):
+        return False
+    for node in mutations:
+        node.target = _PURE[node.target]
+    return True
+
+
+def _is_alone(tensor: Node) -> bool:
+    """Whether no other tensor of the graph shares a tensor's memory: it is no view and has none."""
+    own = tensor.op == "call_function" and not _is_view(tensor)
+    return own and not any(_is_view(user) for user in tensor.users)
+
+
+def _is_view(node: Node) -> bool:
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return any(r.alias_info is not None for r in returns) and not _schema_says(node, "is_mutable")
+
+
+def _schema_says(node: Node, what: str) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), what, False))
+
+
+def _keeps_type(node: Node) -> bool:
+    before = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+    return node.target is not aten.logical_and_.default or before is torch.bool
 
 
 def _check_sizes(before: GraphModule, traced: GraphModule, names: Sequence[str]) -> None:

@@ -152,14 +152,10 @@ class _Rows:
     def of(
         graph_module: GraphModule, form: GraphFormat, inputs: Mapping[str, Tensor], sites: Sequence[Site]
     ) -> _Rows:
-        """Evaluate the energy and its gradient."""
-        leaves = [
-            value.detach().requires_grad_(True) if name in form.vectors else value
-            for name, value in inputs.items()
-        ]
+        """Evaluate the energy and its gradient by what layers return; none by the inputs is needed."""
         recorder = _Recorder(graph_module, sites)
         with torch.enable_grad():
-            energy = recorder.run(*leaves).sum()
+            energy = recorder.run(*inputs.values()).sum()
             outputs = [*(output for *_, output in recorder.calls), *(p for _, p in recorder.probes)]
             found = torch.autograd.grad(energy, outputs, allow_unused=True)
         slopes = [

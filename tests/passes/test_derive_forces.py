@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from gaq_compile.capture.graphs import GraphFormat
 from gaq_compile.operators import registration as _registration  # noqa: F401 - registers the operators
+from gaq_compile.passes import derive_forces as derive_forces_pass
 from gaq_compile.passes.derive_forces import derive_forces, outputs
 from gaq_compile.passes.simplify import simplify
 
@@ -224,3 +226,41 @@ def test_a_stopped_gradient_stays_stopped():
 def test_a_stopped_gradient_survives_simplify():
     graph = simplify(symbolic_trace(Stopped()))
     _check(derive_forces(graph, FORM, _graph([5, 3], 0)[1]), Stopped(), [4, 2], seed=1)
+
+
+class InPlace(nn.Module):
+    """An energy whose gradient formula works in place: a norm's, masked where it is zero."""
+
+    def forward(self, numbers, edge_vec, receivers, senders, batch, ptr):
+        length = torch.linalg.vector_norm(edge_vec, dim=1, keepdim=True)
+        return edge_vec.new_zeros(numbers.shape[0], 1).index_add(0, receivers, torch.exp(-length))[:, 0]
+
+
+def test_no_operator_works_in_place(monkeypatch):
+    """Found out without a second trace, and the same as with one."""
+    _, inputs = _graph([5, 4], 8)
+    found = derive_forces(symbolic_trace(InPlace()), FORM, inputs)
+    assert not any(n.target._schema.is_mutable for n in found.graph.nodes if hasattr(n.target, "_schema"))
+    assert any(n.target is torch.ops.aten.masked_fill.Scalar for n in found.graph.nodes)
+    monkeypatch.setattr(derive_forces_pass, "_without_mutations", lambda traced: False)
+    retraced = derive_forces(symbolic_trace(InPlace()), FORM, inputs)
+    for a, b in zip(found(*inputs), retraced(*inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (y := x * 2, y[0].masked_fill_(x[0] > 0, 1.0), y)[-1],  # of a view
+        lambda x: (y := x * 2, v := y[0], y.masked_fill_(x > 0, 1.0), v)[-1],  # seen through a view
+        lambda x: x.masked_fill_(x > 0, 1.0) + x,  # of what was given
+        lambda x: (y := x * 2, y.logical_and_(x > 0), y)[-1],  # the type would change
+        lambda x: (y := x * 2, y.add_(x), y)[-1],  # not known
+    ],
+    ids=["view", "viewed", "input", "type", "unknown"],
+)
+def test_mutations_that_others_may_see_are_left(function):
+    traced = make_fx(function, tracing_mode="symbolic")(torch.randn(3, 4))
+    before = traced.code
+    assert not derive_forces_pass._without_mutations(traced)
+    assert traced.code == before

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ...errors import LoweringError, MissingPackageError
+from .reader import read_kernel
 
 ENTRY = "main"  # the name of every generated kernel function
 
@@ -92,7 +93,8 @@ def compile_kernel(source: str, target: str) -> Any:
             return executable.jit()[ENTRY]
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            executable.export_library(str(made))
+            # The process has the C library; looking it up would take most of the linker's time.
+            executable.export_library(str(made), options=["-nostdlib"])
             os.replace(made, path)
     return _load_library(path)
 
@@ -104,20 +106,28 @@ def kernel_key(source: str, target: str) -> str:
 
 
 def build_executable(source: str, target: str) -> Any:
-    """Parse and compile kernel text to a TVM executable, for any target TVM can generate."""
+    """Read and compile kernel text to a TVM executable, for any target TVM can generate."""
     tvm = import_tvm()
-    from tvm.script import ir as I  # noqa: N812 - TVMScript's own names
-    from tvm.script import tirx as T  # noqa: N812
-
     try:
-        module = tvm.script.from_source(source, extra_vars={"I": I, "T": T})
-        return tvm.compile(module, target=tvm.target.Target(json.loads(target)))
+        return tvm.compile(_module(source), target=tvm.target.Target(json.loads(target)))
     except (tvm.error.InternalError, tvm.error.DiagnosticError, ValueError, TypeError, RuntimeError) as error:
         raise LoweringError(
             f"TVM rejected a generated kernel: {error}",
             where=f"target {target}",
             fix="report this kernel; quantize(..., backend='reference') runs without it",
         ) from error
+
+
+def _module(source: str) -> Any:
+    """The IR of kernel text, by the fast reader if it can be."""
+    import tvm
+    from tvm.script import ir as I  # noqa: N812 - TVMScript's own names
+    from tvm.script import tirx as T  # noqa: N812
+
+    try:
+        return read_kernel(source)
+    except Exception:  # noqa: BLE001 - whatever it is: the parser takes the text or says which line is wrong
+        return tvm.script.from_source(source, extra_vars={"I": I, "T": T})
 
 
 def module_text(signature: str, body: str, *, preamble: str = "") -> str:

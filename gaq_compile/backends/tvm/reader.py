@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-_BUFFERS = ("T.alloc_buffer", "T.match_buffer")
+_BUFFERS = ("T.alloc_buffer", "T.decl_buffer", "T.match_buffer")
 _COMPARISONS = ("Lt", "LtE", "Gt", "GtE", "Eq", "NotEq")
 _SOMEWHERE: Any = {"lineno": 1, "col_offset": 0}  # Python wants a place for every node
 
@@ -182,6 +182,10 @@ class _Translation:
                 keyword.value = self._read(keyword.value)
         elif isinstance(node, ast.Subscript):
             node.value, node.slice = self._read(node.value), self._read(node.slice)
+        elif (
+            isinstance(node, ast.Attribute) and node.attr == "data"
+        ):  # what a buffer with another shape shares
+            node.value = self._read(node.value)
         elif isinstance(node, ast.Tuple):
             node.elts = [self._read(element) for element in node.elts]
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):

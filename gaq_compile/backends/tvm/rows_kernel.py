@@ -360,11 +360,10 @@ class _Writer:
     def _concatenated(self, step: Step) -> list[str]:
         """Copies of the parts, one after another."""
         lines: list[str] = []
-        for view in step.operands:
-            axis = _cat_axis(step)
-            start = sum(v.shape[axis] for v in step.operands[: step.operands.index(view)])
+        axis = _cat_axis(step)
+        for k, view in enumerate(step.operands):
+            start = sum(v.shape[axis] for v in step.operands[:k])
             strides = contiguous_strides(step.shape)
-            sizes = [k for k, n in enumerate(view.shape) if n != 1]
             source = _offset(view.offset, view.strides, view.shape, 1)
             target = _offset(start * strides[axis], strides, view.shape, 1)
             if view.base.kind == "value" and view.base.across:
@@ -376,10 +375,10 @@ class _Writer:
                 read = self._float(buffer, f"{buffer}[{index}]", 1)
             buffer, index = self._place(step.result, target)
             inner = [f"{buffer}[{index}] = {read}"]
-            shape = [view.shape[k] for k in sizes] or [1]
+            shape = [n for n in view.shape if n != 1] or [1]
             inner = loop(f"t in T.serial({shape[-1]})", inner)
-            for k in range(len(shape) - 2, -1, -1):
-                inner = loop(f"d{k} in T.serial({shape[k]})", inner)
+            for d in range(len(shape) - 2, -1, -1):
+                inner = loop(f"d{d} in T.serial({shape[d]})", inner)
             lines += inner
             self.work += 2 * TILE * view.size
         return loop("r in T.serial(rows)", lines)

@@ -52,8 +52,8 @@ def sum_rows_source(width: int) -> str:
     add = [f"{at} = {at} + {vector('values', tile, lanes, 'e')}"]
     tiles = f"t in T.serial({width // lanes})"
     parts = max(2, min(_MOST_PARTS, width // _WIDTH_PER_PART))
-    edge = ['to: T.let = T.Cast("int32", index[e])', "if low <= to and to < high:"]
-    edge += ["    " + line for line in loop(tiles, add)]
+    edge = ['to: T.let = T.Cast("int32", index[e])', "if low <= to:", "    if to < high:"]
+    edge += ["        " + line for line in loop(tiles, add)]
 
     def part(low: str, high: str) -> list[str]:
         return [

@@ -184,7 +184,7 @@ class _Translation:
             node.value, node.slice = self._read(node.value), self._read(node.slice)
         elif (
             isinstance(node, ast.Attribute) and node.attr == "data"
-        ):  # what a buffer with another shape shares
+        ):  # what its aliases share
             node.value = self._read(node.value)
         elif isinstance(node, ast.Tuple):
             node.elts = [self._read(element) for element in node.elts]

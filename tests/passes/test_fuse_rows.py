@@ -1,0 +1,252 @@
+"""fuse_rows, pack_rows and what they stand on: groups compute what their operators did, and no other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from gaq_compile.capture.graphs import GraphFormat
+from gaq_compile.passes.decompose import decompose
+from gaq_compile.passes.fold_constants import fold_constants
+from gaq_compile.passes.fuse_rows import FusedRows, fuse_rows, fused_rows
+from gaq_compile.passes.pack_rows import pack_rows
+from gaq_compile.passes.row_shapes import row_shapes
+from gaq_compile.passes.sum_rows import sum_rows
+
+aten = torch.ops.aten
+FORM = GraphFormat(("edge_vec", "receivers", "senders", "batch"), 5.0)
+ATOMS, EDGES = 5, 7
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(0)
+    ends = torch.randint(0, ATOMS, (2, EDGES))
+    return torch.randn(EDGES, 3), ends[0], ends[1], torch.tensor([0, 0, 1, 1, 1])
+
+
+@pytest.fixture
+def graph(trace, inputs):
+    """``graph(function)``: of edge_vec, receivers, senders, batch, by the names that potentials use."""
+
+    def named(function) -> GraphModule:
+        gm = trace(function, *inputs)
+        for node, name in zip([n for n in gm.graph.nodes if n.op == "placeholder"], FORM.inputs, strict=True):
+            node.target = name
+        gm.recompile()
+        return gm
+
+    return named
+
+
+def _groups(gm: GraphModule) -> list[FusedRows]:
+    return [f for n in gm.graph.nodes if (f := fused_rows(gm, n)) is not None]
+
+
+def _flat(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _same(before: GraphModule, after: GraphModule, inputs) -> None:
+    for a, b in zip(_flat(before(*inputs)), _flat(after(*inputs)), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def _weights(vec):
+    length = vec.square().sum(-1, keepdim=True).sqrt()
+    return torch.exp(-length) * torch.where(length < 2.0, length, torch.zeros_like(length))
+
+
+def test_a_chain_on_edges_is_one_group(graph, inputs):
+    gm = graph(lambda vec, receivers, senders, batch: _weights(vec) * vec + 1.0)
+    after = fuse_rows(gm, FORM)
+    (group,) = _groups(after)
+    assert group.rows == "edge" and group.operators == 10
+    assert not [n for n in after.graph.nodes if getattr(n.target, "namespace", "") == "aten"]
+    _same(gm, after, inputs)
+
+
+def test_atoms_between_edges_divide_the_groups(graph, inputs):
+    def function(vec, receivers, senders, batch):
+        per_atom = vec.new_zeros(batch.shape[0], 3).index_add(0, receivers, torch.exp(vec))
+        return torch.sin(per_atom * 2.0)[senders] * vec
+
+    gm = graph(function)
+    after = fuse_rows(gm, FORM)
+    assert [g.rows for g in _groups(after)] == ["edge", "atom", "edge"]
+    assert [n.target for n in after.graph.nodes if n.op == "call_function"].count(
+        torch.ops.gaq.sum_rows.default
+    ) == 1
+    _same(gm, after, inputs)
+
+
+def test_a_row_gathered_from_the_same_kind_is_not_in_the_group(graph, inputs):
+    def function(vec, receivers, senders, batch):  # edges by an index of edges
+        return torch.exp(vec)[receivers] * 2.0
+
+    gm = graph(function)
+    after = fuse_rows(gm, FORM)
+    _same(gm, after, inputs)
+    for group in _groups(after):
+        targets = [n.target for n in group.graph.nodes]
+        assert not (aten.exp.default in targets and aten.index.Tensor in targets)
+
+
+def test_an_index_that_nobody_has_checked_stays_with_torch(graph, inputs):
+    def function(vec, receivers, senders, batch):
+        unknown = (receivers + senders).clamp(0, 4)
+        table = torch.exp(vec.new_zeros(batch.shape[0], 3).index_add(0, receivers, vec))
+        return table[unknown] * vec, vec.new_zeros(batch.shape[0], 3).index_add(0, unknown, vec)
+
+    gm = graph(function)
+    after = fuse_rows(gm, FORM)
+    targets = [n.target for n in after.graph.nodes]
+    assert aten.index.Tensor in targets and aten.index_add.default in targets
+    _same(gm, after, inputs)
+
+
+def test_what_mixes_rows_is_left_alone(graph, inputs):
+    gm = graph(lambda vec, receivers, senders, batch: (vec.sum(0), torch.cat([vec, vec], 0), vec @ vec.t()))
+    after = fuse_rows(gm, FORM)
+    assert not _groups(after)
+    _same(gm, after, inputs)
+
+
+def test_double_precision_is_left_alone(graph, inputs):
+    gm = graph(lambda vec, receivers, senders, batch: torch.exp(vec.double()))
+    after = fuse_rows(gm, FORM)
+    assert not _groups(after)
+    _same(gm, after, inputs)
+
+
+def test_a_graph_of_its_own_tensors_is_returned_as_it_is(graph):
+    gm = graph(lambda vec, receivers, senders, batch: torch.exp(vec) * 2.0)
+    assert fuse_rows(gm, GraphFormat(FORM.inputs, 5.0, positions="edge_vec")) is gm
+
+
+def test_fusing_is_pure(graph, assert_pure):
+    gm = graph(lambda vec, receivers, senders, batch: _weights(vec) * vec)
+    assert_pure(lambda g: pack_rows(fuse_rows(g, FORM)), gm)
+
+
+def test_narrow_results_for_other_groups_travel_as_one_tensor(graph, inputs):
+    def function(vec, receivers, senders, batch):
+        length = vec.square().sum(-1)
+        near, decay, unit = length < 2.0, torch.exp(-length), vec / length[:, None]
+        total = vec.new_zeros(batch.shape[0], 3).index_add(0, receivers, decay[:, None] * unit)
+        back = total[senders]
+        return torch.where(near, decay, length)[:, None] * back + unit * length[:, None]
+
+    gm = graph(function)
+    fused = fuse_rows(gm, FORM)
+    packed = pack_rows(fused)
+    first, last = _groups(fused)[0], _groups(fused)[-1]
+    few, fewer = _groups(packed)[0], _groups(packed)[-1]
+
+    def width(group: FusedRows) -> tuple[int, int]:
+        nodes = list(group.graph.nodes)
+        return len(nodes[-1].args[0]), sum(n.op == "placeholder" for n in nodes)
+
+    assert width(first)[0] == 3 and width(few)[0] == 2  # what is summed, and one tensor for the rest
+    assert width(fewer)[1] < width(last)[1]
+    _same(gm, packed, inputs)
+
+
+def test_a_result_that_others_read_too_is_not_packed(graph, inputs):
+    def function(vec, receivers, senders, batch):
+        a, b = torch.exp(vec), torch.sin(vec)
+        total = vec.new_zeros(batch.shape[0], 3).index_add(0, receivers, a)
+        return total[senders] * a * b, a, b
+
+    gm = graph(function)
+    _same(gm, pack_rows(fuse_rows(gm, FORM)), inputs)
+
+
+def test_sums_by_index_become_one_operator(graph, inputs):
+    def function(vec, receivers, senders, batch):
+        zeros = vec.new_zeros(batch.shape[0], 3)
+        put = aten.index_put.default(zeros, [senders], vec, True)
+        flat = aten.scatter_add.default(vec.new_zeros(batch.shape[0]), 0, receivers, vec[:, 0])
+        return put, flat, put.index_add(0, receivers, vec)
+
+    gm = graph(function)
+    shapes = row_shapes(gm, FORM)
+    before = [out.clone() for out in gm(*inputs)]
+    sum_rows(gm, FORM, shapes)
+    gm.recompile()
+    assert [n.target for n in gm.graph.nodes].count(torch.ops.gaq.sum_rows.default) == 3
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(before, gm(*inputs), strict=True))
+
+
+def test_writing_by_index_is_no_sum(graph, inputs):
+    def function(vec, receivers, senders, batch):
+        return aten.index_put.default(vec.new_zeros(batch.shape[0], 3), [senders], vec, False)
+
+    gm = graph(function)
+    sum_rows(gm, FORM, row_shapes(gm, FORM))
+    assert torch.ops.gaq.sum_rows.default not in [n.target for n in gm.graph.nodes]
+
+
+def test_row_shapes_name_what_there_is_a_row_of(graph):
+    gm = graph(lambda vec, receivers, senders, batch: vec.new_zeros(batch.shape[0], 4) + vec.shape[1])
+    shapes = row_shapes(gm, FORM)
+    found = {(n.target if n.op == "placeholder" else "result"): shapes[n].rows for n in shapes}
+    assert found == {
+        "edge_vec": "edge",
+        "receivers": "edge",
+        "senders": "edge",
+        "batch": "atom",
+        "result": "atom",
+    }
+
+
+def test_constants_are_computed_once():
+    graph, root = Graph(), nn.Module()
+    root.register_buffer("raw", torch.randn(4))
+    x, raw = graph.placeholder("x"), graph.get_attr("raw")
+    scale = graph.call_function(aten.mul.Tensor, (graph.call_function(aten.softplus.default, (raw,)), 2.0))
+    graph.output(graph.call_function(aten.mul.Tensor, (x, scale)))
+    gm = GraphModule(root, graph)
+    after = fold_constants(gm)
+    assert [n.target for n in after.graph.nodes if n.op == "call_function"] == [aten.mul.Tensor]
+    rows = torch.randn(3, 4)
+    expected = rows * (2 * torch.nn.functional.softplus(root.raw))
+    assert torch.equal(after(rows), expected) and torch.equal(gm(rows), expected)
+
+
+@pytest.mark.parametrize("width", [4, 128])
+def test_layer_norms_and_their_gradients_are_written_out(trace, width):
+    torch.manual_seed(0)
+    x, grad, weight, bias = (
+        torch.randn(*s, dtype=torch.float64) for s in ((6, width), (6, width), (width,), (width,))
+    )
+
+    def function(x, grad, weight, bias):
+        y, mean, inverse = aten.native_layer_norm.default(x, [width], weight, bias, 1e-6)
+        mask = [True, False, False]
+        args = (grad, x, [width], mean, inverse, weight, bias, mask)
+        return y, aten.native_layer_norm_backward.default(*args)[0]
+
+    gm = trace(function, x, grad, weight, bias)
+    after = decompose(gm)
+    assert not [n for n in after.graph.nodes if "layer_norm" in str(n.target)]
+    for a, b in zip(after(x, grad, weight, bias), function(x, grad, weight, bias), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_norms_are_written_out(trace, keep):
+    x = torch.randn(6, 3, dtype=torch.float64)
+    gm = trace(lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=keep), x)
+    after = decompose(gm)
+    assert aten.linalg_vector_norm.default not in [n.target for n in after.graph.nodes]
+    assert torch.allclose(after(x), gm(x), rtol=1e-14)
+
+
+def test_other_norms_stay(trace):
+    x = torch.randn(6, 3)
+    gm = trace(lambda x: torch.linalg.vector_norm(x, ord=1, dim=-1), x)
+    assert aten.linalg_vector_norm.default in [n.target for n in decompose(gm).graph.nodes]

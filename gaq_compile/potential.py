@@ -25,6 +25,7 @@ from .capture.graphs import (
 from .config import QuantConfig, rounds_only_invariants
 from .errors import CalibrationWarning
 from .passes.derive_forces import outputs
+from .passes.straight_line import straight_line
 from .verify.report import Report
 from .verify.structures import rotated
 from .verify.types import Prediction
@@ -58,7 +59,7 @@ class Potential:
         self.graphs, self.form, self.config, self.report = dict(graphs), form, config, report
         self.calibrated = calibrated
         self.framed = rounds_only_invariants(config)
-        self._run = self.graphs["lower"]
+        self._run = straight_line(self.graphs["lower"])
 
     def __call__(
         self, structures: Atoms | Sequence[Atoms] | Tensors

@@ -96,15 +96,17 @@ class KernelCall(nn.Module):
         self.run, self.description = run, description
 
     def forward(self, *arguments: Any) -> Any:
-        return self.run(*(_compact(a) if isinstance(a, Tensor) else a for a in arguments))
+        return self.run(*map(compact, arguments))
 
     def extra_repr(self) -> str:
         return self.description
 
 
-def _compact(tensor: Tensor) -> Tensor:
+def compact(argument: Any) -> Any:
     """Kernels take rows without gaps; an empty tensor may keep strides that say otherwise."""
-    return tensor.contiguous() if tensor.numel() else tensor.new_empty(tensor.shape)
+    if not isinstance(argument, Tensor):
+        return argument
+    return argument.contiguous() if argument.numel() else argument.new_empty(argument.shape)
 
 
 def lower(

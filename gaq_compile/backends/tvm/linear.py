@@ -62,9 +62,18 @@ class LinearKernel:
         self.run(x, y)
         return y
 
+    @cached_property
+    def _limit(self) -> int:
+        return _MAX_ELEMENTS // max(*self._dims, 1)
+
+    @cached_property
+    def _serial_rows(self) -> int:
+        """Rows up to which the kernel runs on the calling thread."""
+        return self.plan.schedule.serial_work // max(1, self.plan.work_per_row)
+
     def run(self, x: Tensor, y: Tensor) -> None:
         """Write the result for x (N, dim_in) into y (N, dim_out); both contiguous float32."""
-        rows, limit = x.shape[0], _MAX_ELEMENTS // max(*self._dims, 1)
+        rows, limit = x.shape[0], self._limit
         if rows > limit:
             for start in range(0, rows, limit):
                 self.run(x[start : start + limit], y[start : start + limit])
@@ -76,6 +85,9 @@ class LinearKernel:
         return next((k for size, k in self.tuned if size == bucket(rows)), self) if self.tuned else self
 
     def _launch(self, x: Tensor, y: Tensor) -> None:
+        if x.shape[0] <= self._serial_rows:
+            self._serial(x, y, *self.constants, self.plan.schedule.task_rows)
+            return
         parallel, task = launch(self.plan, x.shape[0], threads())
         (self._parallel if parallel else self._serial)(x, y, *self.constants, task)
 

@@ -182,9 +182,7 @@ class _Translation:
                 keyword.value = self._read(keyword.value)
         elif isinstance(node, ast.Subscript):
             node.value, node.slice = self._read(node.value), self._read(node.slice)
-        elif (
-            isinstance(node, ast.Attribute) and node.attr == "data"
-        ):  # what its aliases share
+        elif isinstance(node, ast.Attribute) and node.attr == "data":  # what its aliases share
             node.value = self._read(node.value)
         elif isinstance(node, ast.Tuple):
             node.elts = [self._read(element) for element in node.elts]

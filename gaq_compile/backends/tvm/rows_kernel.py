@@ -47,14 +47,17 @@ def lower_rows(fused: FusedRows, target: str) -> Callable[..., tuple[Tensor, ...
     constants = [value.contiguous() for value in plan.constants.values()]
     results = [(row, dtype) for _, row, dtype in plan.outputs]
 
+    flagged = any(dtype is torch.bool for _, dtype in results)
+
     def run(*arguments: Any) -> tuple[Tensor, ...]:
         tensors = [arguments[k] for k in used]
         n = tensors[lead].shape[0]
-        found = tuple(torch.empty((n, *row), dtype=dtype) for row, dtype in results)
+        found = [torch.empty((n, *row), dtype=dtype) for row, dtype in results]
         for p in flags:
             tensors[p] = tensors[p].view(torch.int8)
-        kernel(*tensors, *constants, *(t if t.dtype is not torch.bool else t.view(torch.int8) for t in found))
-        return found
+        written = [t.view(torch.int8) if t.dtype is torch.bool else t for t in found] if flagged else found
+        kernel(*tensors, *constants, *written)
+        return tuple(found)
 
     return run
 

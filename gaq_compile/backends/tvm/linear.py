@@ -26,12 +26,12 @@ from .build import compile_kernel
 from .database import bucket, threads, tuned
 from .dense_kernel import arguments, dense_text, sizes
 from .dense_plan import DensePlan, DenseSchedule, LinearProblem, Product, groups, make_plan, padded
+from .row_kernel import MAX_ELEMENTS
 from .vnni import has_vnni
 
 __all__ = ["DenseSchedule", "LinearKernel", "LinearProblem", "arithmetic", "has_vnni", "lower_linear"]
 
 _DTYPES = {"f32": torch.float32, "s16": torch.int16, "s8": torch.int8, "s4": torch.int8}
-_MAX_ELEMENTS = 2**31 - 2**16  # a kernel's indices are 32-bit; longer inputs go in stretches of rows
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,23 @@ class LinearKernel:
                 where=self.plan.problem.spec,
             )
         x = x.contiguous()
-        y = torch.empty((x.shape[0], dim_out), dtype=torch.float32)
-        self.run(x, y)
+        rows = x.shape[0]
+        y = torch.empty((rows, dim_out), dtype=torch.float32)
+        if 0 < rows <= self._few_rows:  # the shortest way, for small molecules
+            self._serial(x, y, *self.constants, self.plan.schedule.task_rows)
+        else:
+            self.run(x, y)
         return y
 
     @cached_property
     def _limit(self) -> int:
-        return _MAX_ELEMENTS // max(*self._dims, 1)
+        return MAX_ELEMENTS // max(*self._dims, 1)
 
     @cached_property
-    def _serial_rows(self) -> int:
-        """Rows up to which the kernel runs on the calling thread."""
-        return self.plan.schedule.serial_work // max(1, self.plan.work_per_row)
+    def _few_rows(self) -> int:
+        """Rows up to which this very kernel runs, on the calling thread."""
+        known = not self.tuned and self._dims[1] > 0
+        return self.plan.schedule.serial_work // max(1, self.plan.work_per_row) if known else 0
 
     def run(self, x: Tensor, y: Tensor) -> None:
         """Write the result for x (N, dim_in) into y (N, dim_out); both contiguous float32."""
@@ -85,9 +90,6 @@ class LinearKernel:
         return next((k for size, k in self.tuned if size == bucket(rows)), self) if self.tuned else self
 
     def _launch(self, x: Tensor, y: Tensor) -> None:
-        if x.shape[0] <= self._serial_rows:
-            self._serial(x, y, *self.constants, self.plan.schedule.task_rows)
-            return
         parallel, task = launch(self.plan, x.shape[0], threads())
         (self._parallel if parallel else self._serial)(x, y, *self.constants, task)
 

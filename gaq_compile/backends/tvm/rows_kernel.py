@@ -20,7 +20,7 @@ from ...passes.fuse_rows import FusedRows
 from ...passes.graph_tools import aten
 from .build import compile_kernel
 from .emit import block_lanes, kernel_text, loop, splat
-from .row_kernel import LANES, Emitter, row_loop
+from .row_kernel import LANES, MAX_ELEMENTS, Emitter, row_loop
 from .rows_plan import Argument, Plan, Stage, Step, UnsupportedRowsError, make_plan
 from .rows_values import TILE, Base, View, contiguous_strides, places
 
@@ -47,11 +47,16 @@ def lower_rows(fused: FusedRows, target: str) -> Callable[..., tuple[Tensor, ...
     constants = [value.contiguous() for value in plan.constants.values()]
     results = [(row, dtype) for _, row, dtype in plan.outputs]
 
+    by_row = [p for p, a in enumerate(plan.arguments) if a.kind in ("rows", "index")]
+    widest = max(math.prod(row) for row in (*(a.row for a in plan.arguments), *(r for r, _ in results)))
+    limit = MAX_ELEMENTS // max(1, widest)
     flagged = any(dtype is torch.bool for _, dtype in results)
 
     def run(*arguments: Any) -> tuple[Tensor, ...]:
         tensors = [arguments[k] for k in used]
         n = tensors[lead].shape[0]
+        if n > limit:  # a kernel's indices are 32-bit
+            return _in_stretches(run, arguments, [used[p] for p in by_row], n, limit)
         found = [torch.empty((n, *row), dtype=dtype) for row, dtype in results]
         for p in flags:
             tensors[p] = tensors[p].view(torch.int8)
@@ -60,6 +65,19 @@ def lower_rows(fused: FusedRows, target: str) -> Callable[..., tuple[Tensor, ...
         return tuple(found)
 
     return run
+
+
+def _in_stretches(
+    run: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Any], by_row: list[int], rows: int, limit: int
+) -> tuple[Tensor, ...]:
+    """The results of a call with more rows than a kernel can count, joined."""
+    parts = []
+    for start in range(0, rows, limit):
+        some = list(arguments)
+        for k in by_row:
+            some[k] = some[k][start : start + limit]
+        parts.append(run(*some))
+    return tuple(torch.cat(results) for results in zip(*parts, strict=True))
 
 
 def rows_source(plan: Plan) -> str:

@@ -13,9 +13,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...operators.reference import sum_rows
 from .build import compile_kernel
 from .emit import block_lanes, kernel_text, loop, splat, vector
-from .row_kernel import LANES
+from .row_kernel import LANES, MAX_ELEMENTS
 
 _SERIAL_WORK = 16384  # floats added below which threads cost more than they bring
 _WIDTH_PER_PART = 4
@@ -35,6 +36,8 @@ def lower_sum_rows(width: int, target: str) -> Callable[[Tensor, Tensor, int], T
     kernel = compile_kernel(sum_rows_source(width), target)
 
     def run(values: Tensor, index: Tensor, rows: int) -> Tensor:
+        if values.numel() > MAX_ELEMENTS:
+            return sum_rows(values, index, rows)
         out = torch.empty((rows, *values.shape[1:]))
         kernel(values.view(len(index), width), index, out.view(rows, width))
         return out

@@ -35,7 +35,7 @@ _EACH = {
     aten.div.Tensor, aten.eq.Scalar, aten.erf.default, aten.exp.default, aten.ge.Scalar, aten.gt.Scalar,
     aten.le.Scalar, aten.log.default, aten.logical_and.default, aten.lt.Scalar, aten.lt.Tensor,
     aten.masked_fill.Scalar, aten.mul.Scalar, aten.mul.Tensor, aten.neg.default, aten.pow.Tensor_Scalar,
-    aten.pow.Tensor_Tensor, aten.reciprocal.default, aten.rsub.Scalar, aten.sgn.default, aten.silu.default,
+    aten.reciprocal.default, aten.rsub.Scalar, aten.sgn.default, aten.silu.default,
     aten.silu_backward.default, aten.sin.default, aten.softplus.default, aten.sqrt.default,
     aten.sub.Tensor, aten.where.self,
 }
@@ -51,6 +51,10 @@ _CREATIONS = {
     aten.zeros.default: 0.0,
     aten.zeros_like.default: 0.0,
 }
+_COMPARISONS = {
+    aten.eq.Scalar, aten.ge.Scalar, aten.gt.Scalar, aten.le.Scalar, aten.lt.Scalar, aten.lt.Tensor,
+}  # fmt: skip
+_ARGUMENTS = {aten.softplus.default: 1, aten.rsub.Scalar: 2}  # further ones change what is computed
 _REDUCTIONS = {aten.sum.dim_IntList, aten.mm.default}
 _NARROW = 16  # of a product with a constant matrix, one side at least
 _MOST = 4096  # elements of a row
@@ -151,7 +155,9 @@ def _row_operator(node: Node, shapes: dict[Node, RowShape], form: GraphFormat) -
     if node.target in GATHERS:
         return shape.rows if _gathers_rows(node, shape, shapes, form) else None
     if node.target is operator.getitem:
-        return shape.rows if is_call(node.args[0], aten.split_with_sizes.default) else None
+        split = node.args[0]
+        known = is_call(split, aten.split_with_sizes.default)
+        return _row_operator(split, shapes, form) if known else None  # type: ignore[arg-type]
     known = node.target in _EACH | _VIEWS | _REDUCTIONS | {aten.cat.default, aten.split_with_sizes.default}
     return shape.rows if known and _by_rows(node, shape, shapes) else None
 
@@ -171,7 +177,9 @@ def _by_rows(node: Node, shape: RowShape, shapes: dict[Node, RowShape]) -> bool:
             return False
         if other.rows is not None and node.target in _EACH and len(other.row) + 1 != dims:
             return False
-    if node.kwargs and node.target is not aten.clone.default:
+    if (node.kwargs and node.target is not aten.clone.default) or not _keeps_flags(node, shape, shapes):
+        return False
+    if node.target in (aten.softplus.default, aten.rsub.Scalar) and len(node.args) > _ARGUMENTS[node.target]:
         return False
     if node.target in _VIEWS:
         return _keeps_rows(node, shape, shapes)
@@ -186,6 +194,14 @@ def _by_rows(node: Node, shape: RowShape, shapes: dict[Node, RowShape]) -> bool:
     if node.target is aten.cat.default:
         return _axis((*node.args, 0)[1], dims) != 0
     return True
+
+
+def _keeps_flags(node: Node, shape: RowShape, shapes: dict[Node, RowShape]) -> bool:
+    """Truth values are held as 0 and 1: their sums, and the truth of numbers, are not."""
+    flags = [shapes[a].dtype is torch.bool for a in node.all_input_nodes if a in shapes]
+    if node.target is aten.logical_and.default:
+        return all(flags)
+    return shape.dtype is not torch.bool or node.target not in _EACH or node.target in _COMPARISONS
 
 
 def _broadcasts(sizes: tuple[int, ...], dims: int) -> bool:

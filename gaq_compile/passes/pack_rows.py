@@ -44,7 +44,9 @@ def pack_rows(graph_module: GraphModule) -> GraphModule:
         fused = fused_rows(gm, node)
         if fused is not None:
             packed = [part for part in node.users if _packable(gm, fused, part)]
-            if len(packed) > 1:
+            # flags alone would be joined as flags
+            floats = [p for p in packed if _shape(fused, p).dtype is torch.float32]
+            if len(packed) > 1 and floats:
                 _pack(gm, node, fused, packed)
     return finished(gm)
 
@@ -53,10 +55,13 @@ def _results(fused: FusedRows) -> list[Node]:
     return list(next(n for n in fused.graph.nodes if n.op == "output").args[0])  # type: ignore[arg-type]
 
 
+def _shape(fused: FusedRows, part: Node) -> RowShape:
+    return fused.shapes[_results(fused)[part.args[1]]]  # type: ignore[index]
+
+
 def _packable(gm: GraphModule, fused: FusedRows, part: Node) -> bool:
     """Whether a result (a getitem) is narrow, and every reader a group that reads it row by row."""
-    shape = fused.shapes[_results(fused)[part.args[1]]]  # type: ignore[index]
-    if math.prod(shape.row) >= _NARROW:
+    if math.prod(_shape(fused, part).row) >= _NARROW:
         return False
     for user in part.users:
         other = fused_rows(gm, user)
@@ -75,7 +80,7 @@ def _pack(gm: GraphModule, node: Node, fused: FusedRows, packed: list[Node]) -> 
     columns: dict[Node, _Column] = {}
     width = 0
     for part in packed:
-        shape = fused.shapes[results[part.args[1]]]  # type: ignore[index]
+        shape = _shape(fused, part)
         columns[part] = _Column(width, shape)
         width += math.prod(shape.row)
     whole = RowShape(fused.rows, (width,), torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 
 from .build import module_text
@@ -60,8 +61,11 @@ def splat(scalar: str, lanes: int) -> str:
 
 
 def literal(value: float) -> str:
-    """A float32 constant."""
-    return f"T.float32({value!r})"
+    """A float32 constant; infinities and NaN by their bits, which have no other text."""
+    if math.isfinite(value):
+        return f"T.float32({value!r})"
+    bits = 0x7FC00000 if math.isnan(value) else 0x7F800000 if value > 0 else -0x800000
+    return f'T.reinterpret("float32", T.int32({bits}))'
 
 
 def signed_sum(terms: Sequence[tuple[int, str]], start: str = "") -> str:

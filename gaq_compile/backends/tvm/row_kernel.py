@@ -8,7 +8,7 @@ calling thread, and a larger one in parallel over blocks of rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .emit import literal, loop, splat
 
@@ -69,7 +69,7 @@ _EXP_RANGE = (-87.3, 89.0)  # below: the smallest normal number; above: infinity
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
 _TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
 _TANH_SMALL = 0.625
-_TINY, _SQRT_HALF = 1.1754943508222875e-38, 0.70710678118654752
+_TINY, _LARGEST, _SQRT_HALF = 1.1754943508222875e-38, 3.4028234663852886e38, 0.70710678118654752
 _LOG = (
     7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
     -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
@@ -92,10 +92,13 @@ class Emitter:
     Args:
         lanes: floats per vector.
         prefix: begins every name, so that several emitters can share a scope.
+        memory: gives a place in memory for a value that is used often. TVM's simplifier puts what
+            names stand for into what uses them, which grows without bound along a chain; it
+            does not do that with what is read from memory.
     """
 
-    def __init__(self, lanes: int, prefix: str = "v") -> None:
-        self.lanes, self.prefix = lanes, prefix
+    def __init__(self, lanes: int, prefix: str = "v", memory: Callable[[], str] | None = None) -> None:
+        self.lanes, self.prefix, self.memory = lanes, prefix, memory
         self.lines: list[str] = []
 
     def let(self, expression: str) -> str:
@@ -103,6 +106,14 @@ class Emitter:
         name = f"{self.prefix}{len(self.lines)}"
         self.lines.append(f"{name}: T.let = {expression}")
         return name
+
+    def keep(self, expression: str) -> str:
+        """Name an expression that is used often; in memory, if there is some."""
+        if self.memory is None:
+            return self.let(expression)
+        place = self.memory()
+        self.lines.append(f"{place} = {expression}")
+        return place
 
     def number(self, value: float) -> str:
         """A constant in every lane."""
@@ -116,17 +127,17 @@ class Emitter:
         return value
 
     def exp(self, x: str) -> str:
-        """e^x to 2e-7; 1e-38 far below, infinity far above, NaN for NaN."""
+        """e^x to 2e-7; 1e-38 far below, infinity from 88.37 on, NaN for NaN."""
         low, high = (self.number(bound) for bound in _EXP_RANGE)
         # The constant comes first: TVM's min and max return their second operand for NaN.
-        clamped = self.let(f"T.min({high}, T.max({low}, {x}))")
+        clamped = self.keep(f"T.min({high}, T.max({low}, {x}))")
         shifted = self.let(f"{clamped} * {self.number(_LOG2E)} + {self.number(_ROUND)}")
         # Read back from the bits: TVM would simplify the float (a + c) - c to a.
         bits = f'T.reinterpret("{self._type("int32")}", {shifted})'
         n = self.let(f"{bits} - {self._int(_ROUND_BITS)}")
         k = self.let(f'T.Cast("{self._type("float32")}", {n})')
         part = self.let(f"{clamped} - {k} * {self.number(_LN2_HIGH)}")
-        r = self.let(f"{part} - {k} * {self.number(_LN2_LOW)}")
+        r = self.keep(f"{part} - {k} * {self.number(_LN2_LOW)}")
         p = self.polynomial(r, _EXP)
         mantissa = self.let(f"{p} * {r} * {r} + {r} + {self.number(1.0)}")
         exponent = f"T.shift_left({n} + {self._int(127)}, {self._int(23)})"
@@ -148,59 +159,58 @@ class Emitter:
         """log(1 + e^x) = max(x, 0) + 2 atanh(t / (2 + t)), t = e^-|x|."""
         zero = self.number(0.0)
         t = self.exp(self.let(f"{zero} - T.fabs({x})"))
-        z = self.let(f"{t} / ({t} + {self.number(2.0)})")
-        p = self.polynomial(self.let(f"{z} * {z}"), (*_ATANH, 1.0))
+        t = t if self.memory is None else self.keep(t)
+        z = self.keep(f"{t} / ({t} + {self.number(2.0)})")
+        p = self.polynomial(self.keep(f"{z} * {z}"), (*_ATANH, 1.0))
         return self.let(f"T.max({zero}, {x}) + {self.number(2.0)} * {z} * {p}")
 
     def log(self, x: str) -> str:
         """Natural logarithm to 1e-7; -infinity of 0, NaN below. Subnormal numbers count as 1.2e-38."""
-        bits = self.let(f'T.reinterpret("{self._type("int32")}", T.max({x}, {self.number(_TINY)}))')
+        x = self.keep(x)
+        bits = self.let(f'T.reinterpret("{self._type("int32")}", T.max({self.number(_TINY)}, {x}))')
         exponent = self.let(f"T.shift_right({bits}, {self._int(23)}) - {self._int(126)}")
         low = f"T.bitwise_or(T.bitwise_and({bits}, {self._int(0x007FFFFF)}), {self._int(0x3F000000)})"
-        half = self.let(f'T.reinterpret("{self._type("float32")}", {low})')  # in [1/2, 1)
-        small = self.let(
-            f"T.Select({half} < {self.number(_SQRT_HALF)}, {self.number(1.0)}, {self.number(0.0)})"
-        )
-        e = self.let(f'T.Cast("{self._type("float32")}", {exponent}) - {small}')
-        m = self.let(f"{half} - {self.number(1.0)} + {small} * {half}")
-        z = self.let(f"{m} * {m}")
+        half = self.keep(f'T.reinterpret("{self._type("float32")}", {low})')  # in [1/2, 1)
+        one, zero = self.number(1.0), self.number(0.0)
+        small = self.keep(f"T.Select({half} < {self.number(_SQRT_HALF)}, {one}, {zero})")
+        e = self.keep(f'T.Cast("{self._type("float32")}", {exponent}) - {small}')
+        m = self.keep(f"{half} - {one} + {small} * {half}")
+        z = self.keep(f"{m} * {m}")
         y = self.let(f"{self.polynomial(m, _LOG)} * {m} * {z} + {e} * {self.number(_LN2_LOW)}")
-        value = self.let(f"{m} + ({y} - {self.number(0.5)} * {z}) + {e} * {self.number(_LN2_HIGH)}")
-        zero = self.number(0.0)
-        edge = f"T.Select({x} < {zero}, {self._infinity()} - {self._infinity()}, {zero} - {self._infinity()})"
-        return self.let(f"T.Select({x} > {zero}, {value}, {edge})")
+        value = self.keep(f"{m} + ({y} - {self.number(0.5)} * {z}) + {e} * {self.number(_LN2_HIGH)}")
+        least, most = self.number(-math.inf), self.number(_LARGEST)
+        below = f"T.Select({x} == {zero}, {least}, T.Select({x} < {zero}, {self.number(math.nan)}, {x}))"
+        return self.let(f"T.Select({x} > {zero}, T.Select({x} <= {most}, {value}, {x}), {below})")
 
     def sine(self, x: str, quarter: int = 0) -> str:
         """sin(x + quarter * pi / 2) to 2e-7 for |x| < 1000: quarter 1 is the cosine."""
         shifted = self.let(f"{x} * {self.number(_TWO_OVER_PI)} + {self.number(_ROUND)}")
         n = self.let(f'T.reinterpret("{self._type("int32")}", {shifted}) - {self._int(_ROUND_BITS)}')
-        k = self.let(f'T.Cast("{self._type("float32")}", {n})')
+        k = self.keep(f'T.Cast("{self._type("float32")}", {n})')
         r = x
         for part in _HALF_PI:
             r = self.let(f"{r} - {k} * {self.number(part)}")
-        z = self.let(f"{r} * {r}")
+        r = self.keep(r)
+        z = self.keep(f"{r} * {r}")
         odd = self.let(f"{r} + {r} * {z} * {self.polynomial(z, _SIN)}")
         half = f"{self.number(1.0)} - {self.number(0.5)} * {z}"
         even = self.let(f"{half} + {z} * {z} * {self.polynomial(z, _COS)}")
         turn = self.let(f"{n} + {self._int(quarter)}")
         pick = f"T.bitwise_and({turn}, {self._int(1)}) == {self._int(0)}"
-        value = self.let(f"T.Select({pick}, {odd}, {even})")
+        value = self.keep(f"T.Select({pick}, {odd}, {even})")
         positive = f"T.bitwise_and({turn}, {self._int(2)}) == {self._int(0)}"
         return self.let(f"T.Select({positive}, {value}, {self.number(0.0)} - {value})")
 
     def erf(self, x: str) -> str:
-        """Error function to 3e-7, relative; Abramowitz and Stegun 7.1.26, and its series near 0."""
-        square, size = self.let(f"{x} * {x}"), self.let(f"T.fabs({x})")
+        """Error function to 3e-7 (8e-7, relative); Abramowitz and Stegun 7.1.26, and its series near 0."""
+        square, size = self.keep(f"{x} * {x}"), self.keep(f"T.fabs({x})")
         near = self.let(f"{x} * {self.polynomial(square, _ERF_NEAR)}")
         one = self.number(1.0)
-        t = self.let(f"{one} / ({one} + {self.number(_ERF_P)} * {size})")
+        t = self.keep(f"{one} / ({one} + {self.number(_ERF_P)} * {size})")
         e = self.exp(self.let(f"{self.number(0.0)} - {square}"))
-        far = self.let(f"{one} - {t} * {self.polynomial(t, _ERF_FAR)} * {e}")
+        far = self.keep(f"{one} - {t} * {self.polynomial(t, _ERF_FAR)} * {e}")
         signed = self.let(f"T.Select({x} < {self.number(0.0)}, {self.number(0.0)} - {far}, {far})")
         return self.let(f"T.Select({size} < {self.number(0.5)}, {near}, {signed})")
-
-    def _infinity(self) -> str:
-        return splat('T.reinterpret("float32", T.int32(0x7F800000))', self.lanes)
 
     def tanh(self, x: str) -> str:
         """tanh(x), accurate near zero too."""

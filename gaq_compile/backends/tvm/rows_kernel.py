@@ -3,7 +3,7 @@
 Tiles of rows run in parallel. In a tile, stage after stage: values of few elements per row as vectors
 across its rows, in a straight line; others in loops along each row (:mod:`.rows_plan`). What later
 stages read stays in a scratch of the thread. Sums have a fixed order, so that every run gives the same
-bits.
+bits. TVM simplifies as if numbers were finite: x - x and x * 0 are 0 for infinities and NaN, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.fx import Node
 from ...passes.fuse_rows import FusedRows
 from ...passes.graph_tools import aten
 from .build import compile_kernel
-from .emit import block_lanes, kernel_text, loop, splat
+from .emit import block_lanes, kernel_text, literal, loop, splat
 from .row_kernel import LANES, MAX_ELEMENTS, Emitter, row_loop
 from .rows_plan import Argument, Plan, Stage, Step, UnsupportedRowsError, make_plan
 from .rows_values import TILE, Base, View, contiguous_strides, places
@@ -42,12 +42,15 @@ def lower_rows(fused: FusedRows, target: str) -> Callable[..., tuple[Tensor, ...
     kernel = compile_kernel(rows_source(plan), target)
     given = [n for n in fused.graph.nodes if n.op == "placeholder"]
     used = [k for k, node in enumerate(given) if node in fused.shapes]
-    lead = next(p for p, a in enumerate(plan.arguments) if a.kind in ("rows", "index"))
+    by_row = [p for p, a in enumerate(plan.arguments) if a.kind in ("rows", "index")]
+    if not by_row:
+        raise UnsupportedRowsError("nothing says how many rows there are")
+    lead = by_row[0]
+    single = [p for p, a in enumerate(plan.arguments) if a.single]
     flags = [p for p, a in enumerate(plan.arguments) if a.dtype is torch.bool]
     constants = [value.contiguous() for value in plan.constants.values()]
     results = [(row, dtype) for _, row, dtype in plan.outputs]
 
-    by_row = [p for p, a in enumerate(plan.arguments) if a.kind in ("rows", "index")]
     widest = max(math.prod(row) for row in (*(a.row for a in plan.arguments), *(r for r, _ in results)))
     limit = MAX_ELEMENTS // max(1, widest)
     flagged = any(dtype is torch.bool for _, dtype in results)
@@ -58,6 +61,8 @@ def lower_rows(fused: FusedRows, target: str) -> Callable[..., tuple[Tensor, ...
         if n > limit:  # a kernel's indices are 32-bit
             return _in_stretches(run, arguments, [used[p] for p in by_row], n, limit)
         found = [torch.empty((n, *row), dtype=dtype) for row, dtype in results]
+        for p in single:
+            tensors[p] = tensors[p].view(1)
         for p in flags:
             tensors[p] = tensors[p].view(torch.int8)
         written = [t.view(torch.int8) if t.dtype is torch.bool else t for t in found] if flagged else found
@@ -99,6 +104,7 @@ class _Writer:
         self.slots: dict[object, int] = {}
         self.scratch = 0
         self.work = 0
+        self.passing = 0  # places of values within one operator, used again by the next
 
     def source(self) -> str:
         body: list[str] = [f"rows: T.let = T.min({TILE}, n - i)"]
@@ -166,7 +172,7 @@ class _Writer:
     # --- across rows ----------------------------------------------------------------------------
 
     def _straight(self, stage: Stage, k: int) -> list[str]:
-        e = Emitter(TILE, f"s{k}_")
+        e = self._emitter(TILE, k)
         values: dict[Base, list[str]] = {}
         loads: list[str] = []
         known: dict[object, str] = {}
@@ -182,6 +188,7 @@ class _Writer:
             return known[base, at]
 
         for step in stage.steps:
+            self.passing = 0
             found = self._components(step, element, e)
             values[step.result] = self._held(found, step, e) if step.op != "copy" else found
             self.work += 2 * TILE * step.result.size
@@ -201,12 +208,15 @@ class _Writer:
         loading = loop("r in T.serial(rows)", loads) if loads else []
         return [*loading, *e.lines, *stores, *(loop("r in T.serial(rows)", copies) if copies else [])]
 
-    def _held(self, names: list[str], key: object, e: Emitter) -> list[str]:
-        """Results in memory.
+    def _emitter(self, lanes: int, stage: int) -> Emitter:
+        def memory() -> str:
+            self.passing += 1
+            return _vector(self._slot(("passing", self.passing), 1), lanes)
 
-        TVM's simplifier puts the values of names into what uses them: a chain of squares would grow
-        without bound.
-        """
+        return Emitter(lanes, f"s{stage}_", memory)
+
+    def _held(self, names: list[str], key: object, e: Emitter) -> list[str]:
+        """Results in memory: see :class:`.row_kernel.Emitter`."""
         slot = self._slot(key, len(names))
         places = [f"scratch[T.ramp({slot + j * TILE}, 1, {TILE})]" for j in range(len(names))]
         e.lines += [f"{place} = {name}" for place, name in zip(places, names, strict=True)]
@@ -215,7 +225,7 @@ class _Writer:
     def _across_load(self, base: Base, at: int, loads: list[str]) -> str:
         """One element of every row of the tile; fetched from along the rows if it lies there."""
         if base.kind == "fixed":
-            return splat(f"{base.name}f[{at}]", TILE)
+            return splat(self._float(f"{base.name}f", f"{base.name}f[{at}]", 1), TILE)
         if base.kind == "value" and base.across:
             return f"scratch[T.ramp({self._slot(base, base.size) + at * TILE}, 1, {TILE})]"
         fetched = (base, at, "across") in self.slots
@@ -263,7 +273,7 @@ class _Writer:
             return self._concatenated(stage.steps[0])
         shape = stage.shape
         lanes = block_lanes(shape[-1], LANES)
-        e = Emitter(lanes, f"s{k}_")
+        e = self._emitter(lanes, k)
         values: dict[Base, str] = {}
         known: dict[str, str] = {}
         before: list[str] = []
@@ -286,7 +296,11 @@ class _Writer:
                 value = self._widened(step, e, lanes)
             else:
                 inputs = [operand(v, step.shape) for v in step.operands]
+                self.passing = 0
                 value = inputs[0] if step.op == "copy" else emit_operator(e, step.node, inputs)
+                place = _vector(self._slot((step, "held"), 1), lanes)
+                e.lines.append(f"{place} = {value}")
+                value = place
             values[step.result] = value
             self.work += 2 * TILE * math.prod(shape)
             if step.result in self.kept or step.result in self.out:
@@ -307,7 +321,7 @@ class _Writer:
     def _along_load(self, view: View, step_shape: tuple[int, ...], lanes: int) -> str:
         base = view.base
         if base.kind == "number":
-            return splat(f"T.float32({base.number!r})", lanes)
+            return splat(literal(base.number), lanes)
         last = _last_stride(view.strides, step_shape)
         offset = _offset(view.offset, view.strides, step_shape, lanes)
         if base.kind == "value" and base.across:
@@ -390,12 +404,12 @@ class _Writer:
             if view.base.kind == "value" and view.base.across:
                 read = f"scratch[{self._slot(view.base, view.base.size)} + ({source}) * {TILE} + r]"
             elif view.base.kind == "number":
-                read = f"T.float32({view.base.number!r})"
+                read = literal(view.base.number)
             else:
                 buffer, index = self._place(view.base, source)
                 read = self._float(buffer, f"{buffer}[{index}]", 1)
             buffer, index = self._place(step.result, target)
-            inner = [f"{buffer}[{index}] = {read}"]
+            inner = [f"{buffer}[{index}] = {self._stored(buffer, read, 1)}"]
             shape = [n for n in view.shape if n != 1] or [1]
             inner = loop(f"t in T.serial({shape[-1]})", inner)
             for d in range(len(shape) - 2, -1, -1):
@@ -425,6 +439,11 @@ class _Writer:
                         f"t in T.serial({base.size})", [f"{name}f[{write}] = {self.out[base]}f[{write}]"]
                     )
         return loop("r in T.serial(rows)", lines) if lines else []
+
+
+def _vector(slot: int, lanes: int) -> str:
+    """``lanes`` floats of the scratch."""
+    return f"scratch[{slot}]" if lanes == 1 else f"scratch[T.ramp({slot}, 1, {lanes})]"
 
 
 def _kept(plan: Plan) -> set[Base]:
@@ -484,7 +503,10 @@ def emit_operator(e: Emitter, node: Node, operands: Sequence[str]) -> str:
     rule = _OPERATORS.get(node.target)
     if rule is None:
         raise UnsupportedRowsError(f"no row kernel for {node.target}")
-    return e.let(rule(e, *values))
+    try:
+        return e.let(rule(e, *values))
+    except TypeError:
+        raise UnsupportedRowsError(f"no row kernel for {node.target} with {len(values)} arguments") from None
 
 
 def _text(e: Emitter, value: Any) -> str:
@@ -503,26 +525,26 @@ def _chosen(e: Emitter, mask: str, yes: Any, no: Any) -> str:
     return f"T.Select({mask} != {e.number(0.0)}, {_text(e, yes)}, {_text(e, no)})"
 
 
-def _power(e: Emitter, x: str, exponent: Any) -> str:
-    if isinstance(exponent, str):
-        return e.exp(e.let(f"{exponent} * {e.log(x)}"))
+def _power(e: Emitter, x: str, exponent: float) -> str:
     if exponent == 0.5:
         return f"T.sqrt({x})"
-    if float(exponent) != int(exponent) or abs(exponent) > 64:
-        return e.exp(e.let(f"{e.number(float(exponent))} * {e.log(x)}"))
+    if float(exponent) != int(exponent) or abs(exponent) > _MOST_WHOLE:
+        found = e.exp(e.keep(f"{e.number(float(exponent))} * {e.log(x)}"))
+        zero = e.number(0.0 if exponent > 0 else math.inf)
+        return f"T.Select({x} == {e.number(0.0)}, {zero}, {found})"
     if exponent == 0:
         return e.number(1.0)
     square, result, left = x, "", abs(int(exponent))
     while left:
         if left & 1:
-            result = e.let(f"{result} * {square}") if result else square
+            result = e.keep(f"{result} * {square}") if result else square
         left >>= 1
-        square = e.let(f"{square} * {square}") if left else square
+        square = e.keep(f"{square} * {square}") if left else square
     return result if exponent > 0 else f"{e.number(1.0)} / {result}"
 
 
 def _silu_backward(e: Emitter, grad: str, x: str) -> str:
-    s = e.sigmoid(x)
+    s = e.keep(e.sigmoid(x))
     return f"{grad} * {s} * ({e.number(1.0)} + {x} * ({e.number(1.0)} - {s}))"
 
 
@@ -537,6 +559,7 @@ def _sign(e: Emitter, x: str) -> str:
     return f"T.Select({x} > {zero}, {e.number(1.0)}, T.Select({x} < {zero}, {e.number(-1.0)}, {zero}))"
 
 
+_MOST_WHOLE = 1 << 20  # exponents up to which squares are multiplied
 _OPERATORS: dict[object, Callable[..., str]] = {
     aten.abs.default: lambda e, x: f"T.fabs({x})",
     aten.add.Tensor: _infix("+"),
@@ -559,7 +582,6 @@ _OPERATORS: dict[object, Callable[..., str]] = {
     aten.mul.Tensor: _infix("*"),
     aten.neg.default: lambda e, x: f"{e.number(0.0)} - {x}",
     aten.pow.Tensor_Scalar: _power,
-    aten.pow.Tensor_Tensor: _power,
     aten.reciprocal.default: lambda e, x: f"{e.number(1.0)} / {x}",
     aten.rsub.Scalar: lambda e, a, b: f"{_text(e, b)} - {a}",
     aten.sgn.default: _sign,

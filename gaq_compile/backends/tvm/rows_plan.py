@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -94,6 +94,7 @@ class Argument:
     kind: str
     row: Shape
     dtype: torch.dtype
+    single: bool = False  # a tensor without axes, which the kernel takes as one of one element
 
 
 def make_plan(fused: FusedRows) -> Plan:
@@ -111,7 +112,7 @@ class _Planner:
         self.views: dict[Node, View] = {}
         self.parts: dict[Node, list[View]] = {}
         self.steps: list[Step] = []
-        self.arguments: dict[Node, Argument] = {}
+        self.arguments: dict[object, Argument] = {}
         self.constants: dict[str, Tensor] = {}
 
     def plan(self) -> Plan:
@@ -142,7 +143,10 @@ class _Planner:
                 self.arguments[node] = Argument(name, "table", row, shape.dtype)
             else:
                 kind = "rows" if shape.rows == self.fused.rows else "fixed"
-                self.arguments[node] = Argument(name, kind, shape.row, shape.dtype)
+                single = kind == "fixed" and not shape.row
+                self.arguments[node] = Argument(
+                    name, kind, (1,) if single else shape.row, shape.dtype, single
+                )
                 self.views[node] = whole(Base(kind, name, math.prod(shape.row)), shape.row)
             if len(users) > max(len(tables), len(indices), 0 if tables or indices else len(users)):
                 raise UnsupportedRowsError(f"{node} is gathered, and read otherwise too")
@@ -151,18 +155,20 @@ class _Planner:
 
     def _constant(self, node: Node) -> None:
         value = attribute(self.fused, node)
-        if any(_gathers(u) and u.args[0] is node for u in node.users):
+        gathers = [u for u in node.users if _gathers(u) and u.args[0] is node]
+        if gathers:
             name = f"c{len(self.constants)}"
             self.constants[name] = value
             self.arguments[node] = Argument(name, "table", tuple(value.shape[1:]), value.dtype)
-            return
+            if len(gathers) == len(node.users):
+                return
         shape = tuple(value.shape)
         if value.numel() == 1:
             self.views[node] = View(Base("number", "", 1, number=float(value)), shape, (0,) * len(shape))
             return
         name = f"c{len(self.constants)}"
         self.constants[name] = value.float()
-        self.arguments[node] = Argument(name, "fixed", shape, torch.float32)
+        self.arguments[node, "fixed"] = Argument(name, "fixed", shape, torch.float32)
         self.views[node] = whole(Base("fixed", name, value.numel()), shape)
 
     def _call(self, node: Node) -> None:
@@ -191,10 +197,16 @@ class _Planner:
     def _row_view(self, node: object, row: Shape) -> View:
         """An operand without the axis that is aligned with the rows of a result with these rows."""
         view = self.views[node]  # type: ignore[index]
-        fixed = view.base.kind in ("fixed", "number")
+        shape = self.shapes.get(node)  # type: ignore[call-overload]
+        fixed = shape is None or shape.rows is None
         return view.without(0) if fixed and len(view.shape) == len(row) + 1 else view
 
+    def _check(self, node: Node, views: Sequence[View]) -> None:
+        if any(view.size == 0 for view in views):
+            raise UnsupportedRowsError(f"{node}: of nothing")
+
     def _add(self, node: Node, op: str, operands: tuple[View, ...], shape: Shape, row: Shape) -> None:
+        self._check(node, operands)
         result = Base("value", node.name, math.prod(row))
         self.steps.append(Step(node, op, operands, shape, result))
         self.views[node] = whole(result, row)
@@ -237,6 +249,7 @@ class _Planner:
 
     def _sum(self, node: Node) -> None:
         source = self.views[node.args[0]]  # type: ignore[index]
+        self._check(node, [source])
         axes = [axis - 1 for axis in reduced_axes(node, self.shapes)]
         row = self.shapes[node].row
         if source.size < NARROW:

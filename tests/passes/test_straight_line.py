@@ -1,0 +1,95 @@
+"""straight_line: one Python function that does what the lowered graph does, and holds on to nothing."""
+
+from __future__ import annotations
+
+import math
+import operator
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from gaq_compile.passes.lower import KernelCall
+from gaq_compile.passes.straight_line import straight_line
+
+aten = torch.ops.aten
+
+
+def _graph(build, **modules) -> GraphModule:
+    graph, root = Graph(), nn.Module()
+    root.register_buffer("weight", torch.arange(3.0))
+    for name, module in modules.items():
+        root.add_module(name, module)
+    graph.output(build(graph, graph.placeholder("x")))
+    return GraphModule(root, graph)
+
+
+def test_operators_weights_lists_and_numbers_without_a_literal():
+    def build(g, x):
+        limited = g.call_function(aten.clamp.default, (x, -math.inf, math.inf))
+        both = g.call_function(aten.cat.default, ([limited, g.call_function(aten.neg.default, (x,))], 1))
+        zeros = g.call_function(aten.zeros.default, ([2, 3],), {"dtype": torch.float64})
+        scaled = g.call_function(aten.mul.Tensor, (x, g.get_attr("weight")))
+        return both, zeros, scaled
+
+    gm = _graph(build)
+    x = torch.randn(2, 3)
+    for got, expected in zip(straight_line(gm)(x), gm(x), strict=True):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)
+
+
+def test_kernels_get_rows_without_gaps():
+    seen = []
+
+    def kernel(*tensors):
+        seen.extend(t.is_contiguous() for t in tensors)
+        return [t * 2 for t in tensors]
+
+    def build(g, x):
+        turned = g.call_function(aten.t.default, (x,))
+        results = g.call_module("kernel", (turned, x))
+        first = g.call_function(operator.getitem, (results, 0))
+        again = g.call_module("kernel", (first,))
+        return first, g.call_function(operator.getitem, (again, 0))
+
+    gm = _graph(build, kernel=KernelCall(kernel, "double"))
+    x = torch.randn(3, 4)
+    first, second = straight_line(gm)(x)
+    assert torch.equal(first, 2 * x.t()) and torch.equal(second, 4 * x.t())
+    assert seen == [True] * 3
+
+
+def test_an_empty_tensor_with_strides_reaches_a_kernel_without():
+    gm = _graph(
+        lambda g, x: g.call_module("kernel", (x,)), kernel=KernelCall(lambda t: t.stride(), "strides")
+    )
+    assert straight_line(gm)(torch.empty(0, 3).as_strided((0, 3), (1, 7))) == (3, 1)
+
+
+def test_what_is_read_no_more_is_let_go():
+    alive = []
+
+    def watch(tensor):
+        alive.append(weakref.ref(tensor))
+        return tensor + 1
+
+    def build(g, x):
+        value = x
+        for _ in range(3):
+            value = g.call_module("watch", (g.call_function(aten.mul.Tensor, (value, 2.0)),))
+        return value
+
+    gm = _graph(build, watch=KernelCall(watch, ""))
+    straight_line(gm)(torch.ones(2))
+    assert [ref() for ref in alive] == [None] * 3
+
+
+def test_errors_of_kernels_come_through():
+    def fail(tensor):
+        raise ValueError("no")
+
+    gm = _graph(lambda g, x: g.call_module("kernel", (x,)), kernel=KernelCall(fail, ""))
+    with pytest.raises(ValueError, match="no"):
+        straight_line(gm)(torch.ones(1))

@@ -30,6 +30,7 @@ from gaq_compile.passes.derive_forces import derive_forces
 from gaq_compile.passes.fold_integers import fold_integers
 from gaq_compile.passes.insert_mddq import insert_mddq
 from gaq_compile.passes.lower import lower
+from gaq_compile.passes.pipeline import group_rows
 from gaq_compile.passes.simplify import simplify
 from gaq_compile.passes.tag_irreps import tag_irreps
 from gaq_compile.passes.weigh_channels import ChannelCosts
@@ -78,9 +79,11 @@ def potential() -> Potential:
     sites = quantization_sites(graph, config)
     quantized = insert_mddq(graph, config, widen_activations(sites, steps, ChannelCosts(), None))
     folded = tag_irreps(fold_integers(tag_irreps(simplify(derive_forces(quantized, FORM, example)))))
-    lowered, placements = lower(folded, [make_backend("reference")])
+    grouped = group_rows(folded, FORM)
+    lowered, placements = lower(grouped, [make_backend("reference")])
     report = Report("tiny", "w4a8", "reference", "torch", 4, 12, placements, versions={"torch": "x"})
-    return Potential({"fold_integers": folded, "lower": lowered}, FORM, config, report)
+    graphs = {"fold_integers": folded, "group_rows": grouped, "lower": lowered}
+    return Potential(graphs, FORM, config, report)
 
 
 @pytest.fixture

@@ -178,13 +178,40 @@ def test_a_bias_makes_up_for_the_mean_of_the_weights_errors(graph, costs, bits):
         assert float(rounded.bias.abs().max()) > 0
 
 
-def test_the_bias_is_stored_with_its_correction(graph, costs):
+def test_the_bias_is_stored_with_its_correction(graph, monkeypatch):
+    monkeypatch.setattr(
+        weighing, "DRAWS", 2
+    )  # a mean that is not weighed as the costs are: chance has a part
+    costs = weigh_channels(graph, FORM, BATCHES, quantization_sites(graph, A8))
     weights = round_weights(graph, preset("w8"), costs)
     quantized = insert_mddq(graph, preset("w8"), {}, weights)
     torch.testing.assert_close(
         quantized.first_bias_1 if hasattr(quantized, "first_bias_1") else quantized.first_bias,
         graph.first_bias + weights["first"].bias,
     )
+    plain = {k: replace(w, bias=None) for k, w in weights.items()}
+    without = insert_mddq(graph, preset("w8"), {}, plain)
+    batch = _batch(6, 2000)
+    corrected, uncorrected = (g(*batch) - graph(*batch) for g in (quantized, without))
+    assert abs(float(corrected.mean())) < abs(float(uncorrected.mean()))
+
+
+@pytest.mark.parametrize("label", ["first", "wide"])
+def test_the_bias_makes_up_best_for_the_weights_errors(graph, costs, label):
+    """The cost of weights' errors E and a bias' change d: ``tr(E^T H E) + 2 d (E^T h) + c d^2``."""
+    spec, rounded = linear_spec(SPECS[label]), round_weights(graph, preset("w8"), costs)[label]
+    error = dequantize_weight(rounded.codes, rounded.scale, spec) - getattr(graph, label)
+    matrix = error.double().view(spec.inputs[0].mul, -1)
+    h, c = costs.means[label][:-1], costs.means[label][-1]
+
+    def cost(change):
+        squares = (matrix * (costs.hessians[label][0, 1] @ matrix)).sum(0)
+        return squares + 2 * change * (h @ matrix) + c * change**2
+
+    best = rounded.bias.double()
+    assert float(best.abs().max()) > 0 and float(cost(best).sum()) < float(cost(0 * best).sum())
+    for step in (1e-3, -1e-3):
+        assert bool((cost(best + step) > cost(best)).all())
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ def decompose(graph_module: GraphModule) -> GraphModule:
         if len(node.args[2]) == 1 and list(mask) == [True, False, False]:  # type: ignore[arg-type]
             _replace(gm, node, _layer_norm_backward(_caller(gm, node), node.args))
     for node in calls(gm, aten.linalg_vector_norm.default):
-        x, order, *rest = (*node.args, 2)[: max(2, len(node.args))]
-        if order == 2 and rest and not node.kwargs:
+        if len(node.args) > 2 and node.args[1] == 2 and not node.kwargs:
+            x, _, *rest = node.args
             call = _caller(gm, node)
             node.replace_all_uses_with(
                 call(aten.sqrt.default, call(aten.sum.dim_IntList, _square(call, x), *rest))

@@ -26,7 +26,7 @@ from .decompose import decompose
 from .fold_constants import fold_constants
 from .graph_tools import add_buffer, aten, attribute, copied, finished, is_call
 from .indices import GATHERS, gather_index, is_sound
-from .row_shapes import RowShape, row_shapes
+from .row_shapes import NARROW, RowShape, row_shapes
 from .sum_rows import sum_rows
 
 # fmt: off
@@ -39,7 +39,7 @@ _EACH = {
     aten.silu_backward.default, aten.sin.default, aten.softplus.default, aten.sqrt.default,
     aten.sub.Tensor, aten.where.self,
 }
-_VIEWS = {
+VIEWS = {
     aten._unsafe_view.default, aten.expand.default, aten.slice.Tensor, aten.squeeze.dim,
     aten.clone.default, aten.reshape.default, aten.unsqueeze.default, aten.view.default,
 }
@@ -56,12 +56,11 @@ _COMPARISONS = {
 }  # fmt: skip
 _ARGUMENTS = {aten.softplus.default: 1, aten.rsub.Scalar: 2}  # further ones change what is computed
 _REDUCTIONS = {aten.sum.dim_IntList, aten.mm.default}
-_NARROW = 16  # of a product with a constant matrix, one side at least
 _MOST = 4096  # elements of a row
 _FLOATS = (torch.float32, torch.bool)
 
 
-@dataclass
+@dataclass(eq=False)
 class RowGroup:
     """Operators that one kernel runs.
 
@@ -120,7 +119,7 @@ def fuse_rows(graph_module: GraphModule, form: GraphFormat) -> GraphModule:
 def _drop_idle_views(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
     """Views that change nothing; a copy may be there for its strides."""
     for node in list(gm.graph.nodes):
-        if node.target in _VIEWS - {aten.clone.default} and node in shapes:
+        if node.target in VIEWS - {aten.clone.default} and node in shapes:
             source = node.args[0]
             if shapes[node] == shapes.get(source):
                 node.replace_all_uses_with(source)
@@ -158,7 +157,7 @@ def _row_operator(node: Node, shapes: dict[Node, RowShape], form: GraphFormat) -
         split = node.args[0]
         known = is_call(split, aten.split_with_sizes.default)
         return _row_operator(split, shapes, form) if known else None  # type: ignore[arg-type]
-    known = node.target in _EACH | _VIEWS | _REDUCTIONS | {aten.cat.default, aten.split_with_sizes.default}
+    known = node.target in _EACH | VIEWS | _REDUCTIONS | {aten.cat.default, aten.split_with_sizes.default}
     return shape.rows if known and _by_rows(node, shape, shapes) else None
 
 
@@ -167,7 +166,7 @@ def _by_rows(node: Node, shape: RowShape, shapes: dict[Node, RowShape]) -> bool:
     dims = len(shape.row) + 1
     for argument in node.all_input_nodes:
         other = shapes.get(argument)
-        if other is None and node.target in _VIEWS:
+        if other is None and node.target in VIEWS:
             continue  # a size
         if other is None or other.dtype not in _FLOATS or not other.static:
             return False
@@ -181,11 +180,11 @@ def _by_rows(node: Node, shape: RowShape, shapes: dict[Node, RowShape]) -> bool:
         return False
     if node.target in (aten.softplus.default, aten.rsub.Scalar) and len(node.args) > _ARGUMENTS[node.target]:
         return False
-    if node.target in _VIEWS:
+    if node.target in VIEWS:
         return _keeps_rows(node, shape, shapes)
     if node.target is aten.mm.default:
         left, right = (shapes[a] for a in node.args)  # type: ignore[index]
-        return left.rows is not None and right.rows is None and min(right.row) < _NARROW
+        return left.rows is not None and right.rows is None and min(right.row) < NARROW
     if node.target is aten.sum.dim_IntList:
         axes = reduced_axes(node, shapes)
         return bool(axes) and 0 not in axes
@@ -260,13 +259,13 @@ def _gathers_rows(node: Node, shape: RowShape, shapes: dict[Node, RowShape], for
 
 def _worth_it(group: RowGroup) -> bool:
     """Whether anything is computed."""
-    return any(node.target not in _VIEWS and node.target is not operator.getitem for node in group.nodes)
+    return any(node.target not in VIEWS and node.target is not operator.getitem for node in group.nodes)
 
 
 def _inline_creations(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
     """Tensors of ones and zeros that meet others of the same shape become numbers; integer weights floats."""
     for node in list(gm.graph.nodes):
-        if node.target not in _CREATIONS or node not in shapes or shapes[node].dtype is not torch.float32:
+        if node.target not in _CREATIONS or not _is_float(node, shapes):
             continue
         users = [u for u in node.users if u.target in _EACH and _other_has_shape(u, node, shapes)]
         if users:
@@ -277,9 +276,7 @@ def _inline_creations(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
             for user in users:
                 user.replace_input_with(node, number)
     for node in [n for n in gm.graph.nodes if n.op == "get_attr" and n in shapes]:
-        users = [
-            u for u in node.users if u.target in _EACH and u in shapes and shapes[u].dtype is torch.float32
-        ]
+        users = [u for u in node.users if u.target in _EACH and _is_float(u, shapes)]
         if shapes[node].dtype in (torch.int64, torch.int32) and users:
             with gm.graph.inserting_after(node):
                 number = gm.graph.get_attr(add_buffer(gm, node.name, attribute(gm, node).float()))
@@ -303,12 +300,11 @@ def _other_has_shape(user: Node, creation: Node, shapes: dict[Node, RowShape]) -
 
 def _rebuilt(gm: GraphModule, groups: Sequence[RowGroup], shapes: dict[Node, RowShape]) -> GraphModule:
     """The graph with a call for each group, in an order that suits all."""
-    unit_of: dict[Node, object] = {node: node for node in gm.graph.nodes}
+    unit_of: dict[Node, Node | RowGroup] = {node: node for node in gm.graph.nodes}
     for group in groups:
-        unit_of.update(dict.fromkeys(group.nodes, id(group)))
-    by_id = {id(group): group for group in groups}
+        unit_of.update(dict.fromkeys(group.nodes, group))
     place = {node: k for k, node in enumerate(gm.graph.nodes)}
-    order, first = networkx.DiGraph(), dict[object, int]()
+    order, first = networkx.DiGraph(), dict[Node | RowGroup, int]()
     for node in gm.graph.nodes:
         unit = unit_of[node]
         order.add_node(unit)
@@ -321,7 +317,7 @@ def _rebuilt(gm: GraphModule, groups: Sequence[RowGroup], shapes: dict[Node, Row
             values[unit] = graph.node_copy(unit, lambda n: values[n])
             values[unit].meta = dict(unit.meta)
         else:
-            _call_group(root, graph, by_id[unit], values, shapes)
+            _call_group(root, graph, unit, values, shapes)
     return finished(GraphModule(root, graph))
 
 
@@ -329,7 +325,7 @@ def _call_group(
     root: nn.Module, graph: Graph, group: RowGroup, values: dict[Node, Node], shapes: dict[Node, RowShape]
 ) -> None:
     inner, names, members = Graph(), dict[Node, Node](), set(group.nodes)
-    buffers, inner_shapes, inputs = nn.Module(), dict[Node, RowShape](), list[Node]()
+    buffers, inputs = nn.Module(), list[Node]()
     outside = dict.fromkeys(a for node in group.nodes for a in node.all_input_nodes if a not in members)
     for argument in outside:
         if argument.op == "get_attr":

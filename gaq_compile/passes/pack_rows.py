@@ -20,9 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from .fuse_rows import FusedRows, fused_rows
 from .graph_tools import aten, copied, finished
 from .indices import GATHERS
-from .row_shapes import RowShape
-
-_NARROW = 16  # elements per row
+from .row_shapes import NARROW, RowShape
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def _shape(fused: FusedRows, part: Node) -> RowShape:
 
 def _packable(gm: GraphModule, fused: FusedRows, part: Node) -> bool:
     """Whether a result (a getitem) is narrow, and every reader a group that reads it row by row."""
-    if math.prod(_shape(fused, part).row) >= _NARROW:
+    if math.prod(_shape(fused, part).row) >= NARROW:
         return False
     for user in part.users:
         other = fused_rows(gm, user)
@@ -76,15 +74,13 @@ def _packable(gm: GraphModule, fused: FusedRows, part: Node) -> bool:
 
 def _pack(gm: GraphModule, node: Node, fused: FusedRows, packed: list[Node]) -> None:
     """The producer returns a tensor more, in place of those that are packed; readers take it apart."""
-    results = _results(fused)
     columns: dict[Node, _Column] = {}
     width = 0
     for part in packed:
-        shape = _shape(fused, part)
-        columns[part] = _Column(width, shape)
-        width += math.prod(shape.row)
+        columns[part] = _Column(width, _shape(fused, part))
+        width += columns[part].size
     whole = RowShape(fused.rows, (width,), torch.float32)
-    kept = [k for k in range(len(results)) if k not in {part.args[1] for part in packed}]
+    kept = [k for k in range(len(_results(fused))) if k not in {part.args[1] for part in packed}]
     setattr(gm, str(node.target), _packing(fused, kept, [int(p.args[1]) for p in packed], whole))  # type: ignore[call-overload]
     with gm.graph.inserting_after(node):
         tensor = gm.graph.call_function(operator.getitem, (node, len(kept)))

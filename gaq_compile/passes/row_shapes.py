@@ -19,6 +19,7 @@ from ..capture.graphs import EDGE_VECTORS, GraphFormat
 
 # No static size of a model is a prime this large.
 PRIMES = {"atom": 1000003, "edge": 1000033, "pair": 1000037, "graph": 1000039}
+NARROW = 16  # elements per row from which on a row is worth a loop of its own
 _KINDS = {size: kind for kind, size in PRIMES.items()}
 
 

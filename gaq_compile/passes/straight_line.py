@@ -41,6 +41,7 @@ class _Writer:
         self.from_kernels: set[Node] = set()
 
     def text(self) -> str:
+        """The function's source, one line for each node."""
         nodes = list(self.gm.graph.nodes)
         inputs = [n.name for n in nodes if n.op == "placeholder"]
         lines = [f"def run({', '.join(inputs)}):"]

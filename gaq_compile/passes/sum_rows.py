@@ -8,6 +8,7 @@ torch adds in any order where it uses threads, so the last bits of two runs may 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -36,7 +37,7 @@ def sum_rows(gm: GraphModule, form: GraphFormat, shapes: dict[Node, RowShape]) -
         base = node.args[0]
         with gm.graph.inserting_before(node):
             rows = _rows(gm, base)
-            width = torch.Size(shapes[node].row).numel()
+            width = math.prod(shapes[node].row)
             label = f"sum over {index.name}"
             total = gm.graph.call_function(gaq.sum_rows.default, (values, index, rows, width, label))
             shapes[total] = shapes[node]

@@ -25,7 +25,8 @@ pytest.importorskip("tvm")
 
 from gaq_compile.backends.tvm import rows_kernel
 from gaq_compile.backends.tvm.build import host_target
-from gaq_compile.backends.tvm.rows_kernel import _OPERATORS, lower_rows
+from gaq_compile.backends.tvm.rows_kernel import lower_rows
+from gaq_compile.backends.tvm.rows_operators import OPERATORS
 from gaq_compile.backends.tvm.rows_plan import UnsupportedRowsError
 from gaq_compile.capture.graphs import GraphFormat
 from gaq_compile.passes.fuse_rows import FusedRows, fuse_rows, fused_rows
@@ -268,7 +269,7 @@ def _elementwise(row: tuple[int, ...], cases: Sequence[Any]) -> None:
 
 
 def test_every_operator_has_a_case() -> None:
-    assert {target for target, *_ in (*CASES, *FUNCTIONS, *POWERS)} == set(_OPERATORS)
+    assert {target for target, *_ in (*CASES, *FUNCTIONS, *POWERS)} == set(OPERATORS)
 
 
 @pytest.mark.parametrize("row", NARROW + WIDE)

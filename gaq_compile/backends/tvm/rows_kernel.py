@@ -8,19 +8,19 @@ bits. TVM simplifies as if numbers were finite: x - x and x * 0 are 0 for infini
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from ...passes.fuse_rows import FusedRows
-from ...passes.graph_tools import aten
 from .build import compile_kernel
 from .emit import block_lanes, kernel_text, literal, loop, splat
 from .row_kernel import LANES, MAX_ELEMENTS, Emitter, row_loop
+from .rows_operators import emit_operator
 from .rows_plan import Argument, Plan, Stage, Step, UnsupportedRowsError, make_plan
 from .rows_values import TILE, Base, View, contiguous_strides, places
 
@@ -39,18 +39,17 @@ def lower_rows(fused: FusedRows, target: str) -> Callable[..., tuple[Tensor, ...
         LoweringError: if TVM rejects the kernel.
     """
     plan = make_plan(fused)
-    kernel = compile_kernel(rows_source(plan), target)
     given = [n for n in fused.graph.nodes if n.op == "placeholder"]
     used = [k for k, node in enumerate(given) if node in fused.shapes]
     by_row = [p for p, a in enumerate(plan.arguments) if a.kind in ("rows", "index")]
     if not by_row:
         raise UnsupportedRowsError("nothing says how many rows there are")
+    kernel = compile_kernel(rows_source(plan), target)
     lead = by_row[0]
     single = [p for p, a in enumerate(plan.arguments) if a.single]
     flags = [p for p, a in enumerate(plan.arguments) if a.dtype is torch.bool]
     constants = [value.contiguous() for value in plan.constants.values()]
     results = [(row, dtype) for _, row, dtype in plan.outputs]
-
     widest = max(math.prod(row) for row in (*(a.row for a in plan.arguments), *(r for r, _ in results)))
     limit = MAX_ELEMENTS // max(1, widest)
     flagged = any(dtype is torch.bool for _, dtype in results)
@@ -148,15 +147,15 @@ class _Writer:
             self.scratch += size * TILE
         return self.slots[key]
 
-    def _place(self, base: Base, element: str, row: str = "r") -> tuple[str, str]:
-        """Buffer and index of an element along row ``row`` of the tile."""
+    def _place(self, base: Base, element: str) -> tuple[str, str]:
+        """Buffer and index of an element along row ``r`` of the tile."""
         if base.kind == "value" and base not in self.out:
-            return "scratch", f"{self._slot(base, base.size)} + {row} * {base.size} + {element}"
+            return "scratch", f"{self._slot(base, base.size)} + r * {base.size} + {element}"
         if base.kind == "value":
-            return f"{self.out[base]}f", f"(i + {row}) * {base.size} + {element}"
+            return f"{self.out[base]}f", f"(i + r) * {base.size} + {element}"
         if base.kind == "fixed":
             return f"{base.name}f", element
-        start = f"(i + {row})" if base.kind == "rows" else f'T.Cast("int32", {base.index}[i + {row}])'
+        start = "(i + r)" if base.kind == "rows" else f'T.Cast("int32", {base.index}[i + r])'
         return f"{base.name}f", f"{start} * {base.size} + {element}"
 
     def _float(self, buffer: str, text: str, lanes: int) -> str:
@@ -190,23 +189,17 @@ class _Writer:
         for step in stage.steps:
             self.passing = 0
             found = self._components(step, element, e)
-            values[step.result] = self._held(found, step, e) if step.op != "copy" else found
+            values[step.result] = self._held(found, step.result, e)
             self.work += 2 * TILE * step.result.size
-        stores, copies = [], []
-        for base, names in values.items():
-            if base in self.kept or base in self.out:
-                slot = self._slot(base, base.size)
-                stores += [
-                    f"scratch[T.ramp({slot + j * TILE}, 1, {TILE})] = {v}" for j, v in enumerate(names)
-                ]
-            if base in self.out:
-                buffer, slot = f"{self.out[base]}f", self._slot(base, base.size)
-                for j in range(base.size):
-                    value = self._stored(buffer, f"scratch[{slot + j * TILE} + r]", 1)
-                    copies.append(f"{buffer}[(i + r) * {base.size} + {j}] = {value}")
-                    self.work += TILE
+        copies = []
+        for base in (base for base in values if base in self.out):
+            buffer, slot = f"{self.out[base]}f", self._slot(base, base.size)
+            for j in range(base.size):
+                value = self._stored(buffer, f"scratch[{slot + j * TILE} + r]", 1)
+                copies.append(f"{buffer}[(i + r) * {base.size} + {j}] = {value}")
+                self.work += TILE
         loading = loop("r in T.serial(rows)", loads) if loads else []
-        return [*loading, *e.lines, *stores, *(loop("r in T.serial(rows)", copies) if copies else [])]
+        return [*loading, *e.lines, *(loop("r in T.serial(rows)", copies) if copies else [])]
 
     def _emitter(self, lanes: int, stage: int) -> Emitter:
         def memory() -> str:
@@ -215,10 +208,10 @@ class _Writer:
 
         return Emitter(lanes, f"s{stage}_", memory)
 
-    def _held(self, names: list[str], key: object, e: Emitter) -> list[str]:
-        """Results in memory: see :class:`.row_kernel.Emitter`."""
-        slot = self._slot(key, len(names))
-        places = [f"scratch[T.ramp({slot + j * TILE}, 1, {TILE})]" for j in range(len(names))]
+    def _held(self, names: list[str], result: Base, e: Emitter) -> list[str]:
+        """A value in memory (why: :class:`.row_kernel.Emitter`), where later stages find it too."""
+        slot = self._slot(result, result.size)
+        places = [_vector(slot + j * TILE, TILE) for j in range(result.size)]
         e.lines += [f"{place} = {name}" for place, name in zip(places, names, strict=True)]
         return places
 
@@ -227,14 +220,14 @@ class _Writer:
         if base.kind == "fixed":
             return splat(self._float(f"{base.name}f", f"{base.name}f[{at}]", 1), TILE)
         if base.kind == "value" and base.across:
-            return f"scratch[T.ramp({self._slot(base, base.size) + at * TILE}, 1, {TILE})]"
+            return _vector(self._slot(base, base.size) + at * TILE, TILE)
         fetched = (base, at, "across") in self.slots
         slot = self._slot((base, at, "across"), 1)
         if not fetched:
             buffer, index = self._place(base, str(at))
             loads.append(f"scratch[{slot} + r] = {self._float(buffer, f'{buffer}[{index}]', 1)}")
             self.work += TILE
-        return f"scratch[T.ramp({slot}, 1, {TILE})]"
+        return _vector(slot, TILE)
 
     def _components(self, step: Step, element: Callable[[View, Sequence[int]], str], e: Emitter) -> list[str]:
         """The result's elements, as names."""
@@ -247,8 +240,8 @@ class _Writer:
                 inner = [
                     range(n) if m == 1 else [p] for n, m, p in zip(view.shape, step.shape, kept, strict=True)
                 ]
-                terms = [element(view, place) for place in _grid(inner)]
-                found.append(_added(e, terms))
+                terms = [element(view, place) for place in itertools.product(*inner)]
+                found.append(e.let(" + ".join(terms)))
             return found
         if step.op == "product":
             left, right = step.operands
@@ -373,16 +366,16 @@ class _Writer:
         start = self._slot((step, "sums"), -(-columns * lanes // TILE))
         outer = tuple(n for n in step.shape if n != 1)[:-1]
         for c, factor in enumerate(factors):
-            first, name = start + c * lanes, "scratch"
-            place = str(first) if lanes == 1 else f"T.ramp({first}, 1, {lanes})"
-            before.append(f"{name}[{place}] = {splat('T.float32(0.0)', lanes)}")
-            e.lines.append(f"{name}[{place}] = {name}[{place}] + {x}{factor}")
+            first = start + c * lanes
+            total = _vector(first, lanes)
+            before.append(f"{total} = {splat(literal(0.0), lanes)}")
+            e.lines.append(f"{total} = {total} + {x}{factor}")
             half = lanes // 2
             while half > 1:
-                low, high = f"T.ramp({first}, 1, {half})", f"T.ramp({first + half}, 1, {half})"
-                after.append(f"{name}[{low}] = {name}[{low}] + {name}[{high}]")
+                low, high = _vector(first, half), _vector(first + half, half)
+                after.append(f"{low} = {low} + {high}")
                 half //= 2
-            total = f"{name}[{first}]" + (f" + {name}[{first + 1}]" if lanes > 1 else "")
+            total = " + ".join(_vector(first + k, 1) for k in range(min(2, lanes)))
             flat = " + ".join(f"d{k} * {s}" for k, s in enumerate(contiguous_strides(outer))) or "0"
             after.append(self._store_reduced(step.result, f"{flat} + {c}" if columns > 1 else flat, total))
 
@@ -455,16 +448,6 @@ def _kept(plan: Plan) -> set[Base]:
     return {base for base in found if base.kind == "value"}
 
 
-def _grid(ranges: Sequence[Any]) -> list[tuple[int, ...]]:
-    import itertools
-
-    return list(itertools.product(*ranges))
-
-
-def _added(e: Emitter, terms: list[str]) -> str:
-    return e.let(" + ".join(terms))
-
-
 def _cat_axis(step: Step) -> int:
     axis = int((*step.node.args, 0)[1])  # type: ignore[arg-type]
     return axis % (len(step.shape) + 1) - 1
@@ -487,109 +470,3 @@ def _offset(start: int, strides: Sequence[int], shape: Sequence[int], lanes: int
     if real and real[-1]:
         terms.append(f"t * {lanes * real[-1]}")
     return " + ".join(terms)
-
-
-# --- operators ----------------------------------------------------------------------------------
-
-
-def emit_operator(e: Emitter, node: Node, operands: Sequence[str]) -> str:
-    """One elementwise operator on vectors; its numbers are the node's own.
-
-    Raises:
-        UnsupportedRowsError: for an operator without a kernel.
-    """
-    given = iter(operands)
-    values = [next(given) if isinstance(a, Node) else a for a in node.args]
-    rule = _OPERATORS.get(node.target)
-    if rule is None:
-        raise UnsupportedRowsError(f"no row kernel for {node.target}")
-    try:
-        return e.let(rule(e, *values))
-    except TypeError:
-        raise UnsupportedRowsError(f"no row kernel for {node.target} with {len(values)} arguments") from None
-
-
-def _text(e: Emitter, value: Any) -> str:
-    return value if isinstance(value, str) else e.number(float(value))
-
-
-def _infix(sign: str) -> Callable[..., str]:
-    return lambda e, a, b: f"({_text(e, a)}) {sign} ({_text(e, b)})"
-
-
-def _compared(sign: str) -> Callable[..., str]:
-    return lambda e, a, b: f"T.Select({_text(e, a)} {sign} {_text(e, b)}, {e.number(1.0)}, {e.number(0.0)})"
-
-
-def _chosen(e: Emitter, mask: str, yes: Any, no: Any) -> str:
-    return f"T.Select({mask} != {e.number(0.0)}, {_text(e, yes)}, {_text(e, no)})"
-
-
-def _power(e: Emitter, x: str, exponent: float) -> str:
-    if exponent == 0.5:
-        return f"T.sqrt({x})"
-    if float(exponent) != int(exponent) or abs(exponent) > _MOST_WHOLE:
-        found = e.exp(e.keep(f"{e.number(float(exponent))} * {e.log(x)}"))
-        zero = e.number(0.0 if exponent > 0 else math.inf)
-        return f"T.Select({x} == {e.number(0.0)}, {zero}, {found})"
-    if exponent == 0:
-        return e.number(1.0)
-    square, result, left = x, "", abs(int(exponent))
-    while left:
-        if left & 1:
-            result = e.keep(f"{result} * {square}") if result else square
-        left >>= 1
-        square = e.keep(f"{square} * {square}") if left else square
-    return result if exponent > 0 else f"{e.number(1.0)} / {result}"
-
-
-def _silu_backward(e: Emitter, grad: str, x: str) -> str:
-    s = e.keep(e.sigmoid(x))
-    return f"{grad} * {s} * ({e.number(1.0)} + {x} * ({e.number(1.0)} - {s}))"
-
-
-def _clamped(e: Emitter, x: str, low: Any = None, high: Any = None) -> str:
-    # The bound comes first: TVM's min and max return their second operand for NaN.
-    bounded = x if low is None else e.let(f"T.max({_text(e, low)}, {x})")
-    return bounded if high is None else f"T.min({_text(e, high)}, {bounded})"
-
-
-def _sign(e: Emitter, x: str) -> str:
-    zero = e.number(0.0)
-    return f"T.Select({x} > {zero}, {e.number(1.0)}, T.Select({x} < {zero}, {e.number(-1.0)}, {zero}))"
-
-
-_MOST_WHOLE = 1 << 20  # exponents up to which squares are multiplied
-_OPERATORS: dict[object, Callable[..., str]] = {
-    aten.abs.default: lambda e, x: f"T.fabs({x})",
-    aten.add.Tensor: _infix("+"),
-    aten.clamp.default: _clamped,
-    aten.clamp_min.default: _clamped,
-    aten.cos.default: lambda e, x: e.sine(x, 1),
-    aten.div.Tensor: _infix("/"),
-    aten.eq.Scalar: _compared("=="),
-    aten.erf.default: lambda e, x: e.erf(x),
-    aten.exp.default: lambda e, x: e.exp(x),
-    aten.ge.Scalar: _compared(">="),
-    aten.gt.Scalar: _compared(">"),
-    aten.le.Scalar: _compared("<="),
-    aten.log.default: lambda e, x: e.log(x),
-    aten.logical_and.default: lambda e, a, b: f"{a} * {b}",
-    aten.lt.Scalar: _compared("<"),
-    aten.lt.Tensor: _compared("<"),
-    aten.masked_fill.Scalar: lambda e, x, mask, value: _chosen(e, mask, value, x),
-    aten.mul.Scalar: _infix("*"),
-    aten.mul.Tensor: _infix("*"),
-    aten.neg.default: lambda e, x: f"{e.number(0.0)} - {x}",
-    aten.pow.Tensor_Scalar: _power,
-    aten.reciprocal.default: lambda e, x: f"{e.number(1.0)} / {x}",
-    aten.rsub.Scalar: lambda e, a, b: f"{_text(e, b)} - {a}",
-    aten.sgn.default: _sign,
-    aten.silu.default: lambda e, x: f"{x} * {e.sigmoid(x)}",
-    aten.silu_backward.default: _silu_backward,
-    aten.sin.default: lambda e, x: e.sine(x),
-    aten.softplus.default: lambda e, x: e.softplus(x),
-    aten.sqrt.default: lambda e, x: f"T.sqrt({x})",
-    aten.sub.Tensor: _infix("-"),
-    aten.where.self: _chosen,
-}

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ...passes.fuse_rows import FusedRows, reduced_axes
+from ...passes.fuse_rows import VIEWS, FusedRows, reduced_axes
 from ...passes.graph_tools import aten, attribute
 from ...passes.indices import GATHERS, gather_index
-from .rows_values import NARROW, Base, View, whole
+from ...passes.row_shapes import NARROW
+from .rows_values import Base, View, whole
 
 Shape = tuple[int, ...]
 
@@ -148,7 +149,7 @@ class _Planner:
                     name, kind, (1,) if single else shape.row, shape.dtype, single
                 )
                 self.views[node] = whole(Base(kind, name, math.prod(shape.row)), shape.row)
-            if len(users) > max(len(tables), len(indices), 0 if tables or indices else len(users)):
+            if (tables or indices) and len(users) > max(len(tables), len(indices)):
                 raise UnsupportedRowsError(f"{node} is gathered, and read otherwise too")
             if not (tables or indices) and shape.rows not in (self.fused.rows, None):
                 raise UnsupportedRowsError(f"{node} has rows of another kind")
@@ -181,7 +182,7 @@ class _Planner:
             self._split(node)
         elif target is operator.getitem:
             self.views[node] = self.parts[node.args[0]][node.args[1]]  # type: ignore[index]
-        elif target in _VIEWS:
+        elif target in VIEWS:
             self.views[node] = self._viewed(node, row)
         elif target is aten.cat.default:
             parts = tuple(self._row_view(a, row) for a in node.args[0])  # type: ignore[union-attr]
@@ -283,18 +284,6 @@ class _Planner:
         taken = any(step.result == view.base for step in self.steps)
         base = view.base if taken and view.whole else self._copied(node, view)  # type: ignore[arg-type]
         return base, shape.row, shape.dtype
-
-
-_VIEWS = (
-    aten._unsafe_view.default,
-    aten.clone.default,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.reshape.default,
-    aten.squeeze.dim,
-    aten.unsqueeze.default,
-    aten.view.default,
-)
 
 
 def _gathers(node: Node) -> bool:

@@ -13,8 +13,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...passes.row_shapes import NARROW
+
 TILE = 16  # rows that are worked on together
-NARROW = 16  # elements per row from which on a value is held along it
 
 
 @dataclass(frozen=True)

@@ -155,8 +155,9 @@ def load(
     from .io import read
 
     content = read(Path(path))
-    grouped = group_rows(content.graph, content.form)
-    lowered, placements = lower(grouped, _backends(backend, target), strict)
+    backends = _backends(backend, target)
+    grouped = group_rows(content.graph, content.form, backends[0].groups_linears)
+    lowered, placements = lower(grouped, backends, strict)
     report = replace(content.report, placements=placements)
     graphs = {"fold_integers": content.graph, "group_rows": grouped, "lower": lowered}
     return Potential(graphs, content.form, content.config, report, content.calibrated)
@@ -194,7 +195,7 @@ def _build(trace: _Trace, config: QuantConfig) -> _Built:
     stages = quantize_graph(
         trace.prepared, config, observed, subject.form, subject.example, subject.calibration_batches
     )
-    grouped = group_rows(stages["fold_integers"], subject.form)
+    grouped = group_rows(stages["fold_integers"], subject.form, trace.backends[0].groups_linears)
     lowered, placements = lower(grouped, trace.backends, trace.strict, trace.progress)
     graphs = {**stages, "group_rows": grouped, "lower": lowered}
     blank = _blank_report(subject, config, trace.backends[0])

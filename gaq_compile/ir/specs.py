@@ -9,8 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..config import activation_scheme
 from ..errors import IrrepsError
-from .layout import Block, blocks, simplified
+from .layout import Block, blocks, lmax, simplified
+
+FLOATS = ("f32", "g16")  # activations without a scheme: floats, and gradients (numerics.gradients)
+
+
+def learned_directions(activation: str, irreps: str) -> bool:
+    """Whether an operator's activation scheme takes directions of these irreps from a learned table."""
+    return activation not in FLOATS and activation_scheme(activation).vector == "svq" and lmax(irreps) > 0
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from ..capture.graphs import GraphFormat
+from ..ir.specs import learned_directions, linear_spec
 from .decompose import decompose
 from .fold_constants import fold_constants
-from .graph_tools import add_buffer, aten, attribute, copied, finished, is_call
+from .graph_tools import add_buffer, aten, attribute, copied, finished, gaq, is_call
 from .indices import GATHERS, gather_index, is_sound
 from .row_shapes import NARROW, RowShape, row_shapes
 from .sum_rows import sum_rows
@@ -55,6 +56,7 @@ _COMPARISONS = {
     aten.eq.Scalar, aten.ge.Scalar, aten.gt.Scalar, aten.le.Scalar, aten.lt.Scalar, aten.lt.Tensor,
 }  # fmt: skip
 _ARGUMENTS = {aten.softplus.default: 1, aten.rsub.Scalar: 2}  # further ones change what is computed
+LINEARS = (gaq.irreps_linear.default, gaq.int_irreps_linear.default)
 _REDUCTIONS = {aten.sum.dim_IntList, aten.mm.default}
 _MOST = 4096  # elements of a row
 _FLOATS = (torch.float32, torch.bool)
@@ -98,12 +100,13 @@ def fused_rows(graph_module: GraphModule, node: Node) -> FusedRows | None:
     return module if isinstance(module, FusedRows) else None
 
 
-def fuse_rows(graph_module: GraphModule, form: GraphFormat) -> GraphModule:
+def fuse_rows(graph_module: GraphModule, form: GraphFormat, linears: bool = True) -> GraphModule:
     """Group what torch would run operator by operator.
 
     Args:
         graph_module: the integer graph of energy and forces.
         form: its inputs; a graph of a model's own tensors is returned as it is.
+        linears: whether linears join groups: their kernels then begin and end in the group's tile.
     """
     if form.positions is not None:
         return graph_module
@@ -112,7 +115,7 @@ def fuse_rows(graph_module: GraphModule, form: GraphFormat) -> GraphModule:
     sum_rows(gm, form, shapes)
     _drop_idle_views(gm, shapes)
     _inline_creations(gm, shapes)
-    groups = [g for g in _groups(gm, shapes, form) if _worth_it(g)]
+    groups = [g for g in _groups(gm, shapes, form, linears) if _worth_it(g)]
     return _rebuilt(gm, groups, shapes)
 
 
@@ -127,12 +130,14 @@ def _drop_idle_views(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
     gm.graph.eliminate_dead_code()
 
 
-def _groups(gm: GraphModule, shapes: dict[Node, RowShape], form: GraphFormat) -> list[RowGroup]:
+def _groups(
+    gm: GraphModule, shapes: dict[Node, RowShape], form: GraphFormat, linears: bool
+) -> list[RowGroup]:
     found: dict[tuple[str, int], RowGroup] = {}
     levels: dict[Node, int] = {}
     inside: dict[Node, str] = {}  # operators of groups -> what they have rows of
     for node in gm.graph.nodes:
-        rows = _row_operator(node, shapes, form)
+        rows = _row_operator(node, shapes, form) if linears or node.target not in LINEARS else None
         level = 0
         for argument in node.all_input_nodes:
             near = rows is not None and inside.get(argument) == rows and argument is not _gathered(node)
@@ -157,8 +162,19 @@ def _row_operator(node: Node, shapes: dict[Node, RowShape], form: GraphFormat) -
         split = node.args[0]
         known = is_call(split, aten.split_with_sizes.default)
         return _row_operator(split, shapes, form) if known else None  # type: ignore[arg-type]
+    if node.target in LINEARS:
+        return shape.rows if _is_fixed(node) and len(shape.row) == 1 else None
     known = node.target in _EACH | VIEWS | _REDUCTIONS | {aten.cat.default, aten.split_with_sizes.default}
     return shape.rows if known and _by_rows(node, shape, shapes) else None
+
+
+def _is_fixed(linear: Node) -> bool:
+    """Whether a linear's weights are constants; where directions are learned there is no kernel."""
+    if linear.target is gaq.int_irreps_linear.default:
+        spec, scheme = str(linear.args[5]), str(linear.args[6])
+        if learned_directions(scheme, linear_spec(spec).irreps_in):
+            return False
+    return all(a.op == "get_attr" for a in linear.all_input_nodes if a is not linear.args[0])
 
 
 def _by_rows(node: Node, shape: RowShape, shapes: dict[Node, RowShape]) -> bool:
@@ -258,8 +274,9 @@ def _gathers_rows(node: Node, shape: RowShape, shapes: dict[Node, RowShape], for
 
 
 def _worth_it(group: RowGroup) -> bool:
-    """Whether anything is computed."""
-    return any(node.target not in VIEWS and node.target is not operator.getitem for node in group.nodes)
+    """Whether anything is computed; one linear by itself has a kernel of its own."""
+    work = [n for n in group.nodes if n.target not in VIEWS and n.target is not operator.getitem]
+    return len(work) > 1 or (bool(work) and work[0].target not in LINEARS)
 
 
 def _inline_creations(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:

@@ -7,7 +7,7 @@ After:  ``y = self.tvm_label(x)``   with ``node.meta["runs_on"] == "tvm s8·s8�
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from rich.progress import Progress
@@ -33,11 +33,13 @@ class Lowered:
         run: the kernel call, ``run(*tensors)`` with the values of ``arguments``.
         arithmetic: what it computes in, e.g. ``"s8·s8→s32"``.
         arguments: those of the node's arguments that are given at run time; weights are inside.
+        within: of a group, what each gaq operator in it computes in.
     """
 
     run: Callable[..., Any]
     arithmetic: str
     arguments: tuple[Any, ...]
+    within: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,17 @@ class Refused:
 
 
 class Backend(Protocol):
-    """Something that runs gaq operators."""
+    """Something that runs gaq operators.
+
+    Attributes:
+        name: as it was registered.
+        target: what it generates code for.
+        groups_linears: whether its kernels for groups of rows take linears in.
+    """
 
     name: str
     target: str
+    groups_linears: bool
 
     def lower(self, node: Node, attribute: Attribute) -> Lowered | Refused:
         """A kernel for ``node``, or the reason there is none.
@@ -136,7 +145,7 @@ def lower(
             placements.append(_place(gm, node, backends))
             bar.advance(task)
         for node, fused in groups:
-            placements.append(_place_rows(gm, node, fused, backends))
+            placements += _place_rows(gm, node, fused, backends)
             bar.advance(task)
     refused = [p for p in placements if p.reason is not None]
     if strict and refused:
@@ -160,7 +169,7 @@ def _place(gm: GraphModule, node: Node, backends: Sequence[Backend]) -> Placemen
         return Placement(
             node=new.name,
             label=_label(node),
-            op=str(node.target).removesuffix(".default").replace(".", "::"),
+            op=_operator(node),
             backend=backend.name,
             arithmetic=answer.arithmetic,
             reason="; ".join(reasons) or None,
@@ -169,18 +178,25 @@ def _place(gm: GraphModule, node: Node, backends: Sequence[Backend]) -> Placemen
     raise LoweringError(f"no backend runs {node.target}", where=_label(node), fix="; ".join(reasons))
 
 
-def _place_rows(gm: GraphModule, node: Node, fused: FusedRows, backends: Sequence[Backend]) -> Placement:
-    """The group's module becomes a kernel's, or stays as it is and torch runs it."""
+def _place_rows(
+    gm: GraphModule, node: Node, fused: FusedRows, backends: Sequence[Backend]
+) -> list[Placement]:
+    """The group's module becomes a kernel's, or stays as it is and torch runs it.
+
+    Returns:
+        One placement for the group, and one for each gaq operator in it.
+    """
     reasons: list[str] = []
     for backend in backends:
         answer = backend.lower_rows(fused)
         if isinstance(answer, Refused):
             reasons.append(f"{backend.name}: {answer.reason}")
             continue
-        setattr(gm, str(node.target), KernelCall(answer.run, f"{backend.name} {answer.arithmetic}"))
-        node.meta["runs_on"] = f"{backend.name} {answer.arithmetic}"
+        text = " + ".join(dict.fromkeys((answer.arithmetic, *answer.within)))
+        setattr(gm, str(node.target), KernelCall(answer.run, f"{backend.name} {text}"))
+        node.meta["runs_on"] = f"{backend.name} {text}"
         node.meta["label"], node.meta["op"] = str(node.target), "rows"
-        return Placement(
+        whole = Placement(
             node=node.name,
             label=f"{fused.operators} operators on {fused.rows}s",
             op="rows",
@@ -189,7 +205,23 @@ def _place_rows(gm: GraphModule, node: Node, fused: FusedRows, backends: Sequenc
             reason="; ".join(reasons) or None,
             integer_weights=False,
         )
+        inner = [n for n in fused.graph.nodes if _is_gaq(n)]
+        parts = [
+            replace(
+                whole,
+                label=_label(part),
+                op=_operator(part),
+                arithmetic=arithmetic,
+                integer_weights=part.target is gaq.int_irreps_linear.default,
+            )
+            for part, arithmetic in zip(inner, answer.within, strict=True)
+        ]
+        return [whole, *parts]
     raise LoweringError(f"no backend runs {node.target}", fix="; ".join(reasons))
+
+
+def _operator(node: Node) -> str:
+    return str(node.target).removesuffix(".default").replace(".", "::")
 
 
 def _label(node: Node) -> str:

@@ -228,7 +228,7 @@ def _check(
     Without ``bounds``, errors are at most 3e-6 of the largest element.
     """
     fused = group.fused(*results)
-    run = lower_rows(fused, host_target())
+    run = lower_rows(fused, host_target())[0]
     fused.double()
     for n in rows:
         inputs = group.inputs(n)
@@ -300,7 +300,7 @@ def _special(target: Any, values: Sequence[float], *args: Any, widths: Sequence[
         g = _Group()
         fused = g.fused(g(target, g.argument(width), *args))
         x = torch.tensor(values).unsqueeze(1).expand(-1, width).contiguous()
-        (got,), (expected,) = lower_rows(fused, host_target())(x), fused(x)
+        (got,), (expected,) = lower_rows(fused, host_target())[0](x), fused(x)
         _assert_close(got, expected.double() if expected.is_floating_point() else expected, (3e-6, 2e-38), x)
 
 
@@ -369,7 +369,7 @@ def test_sums_and_truth_that_zeros_and_ones_do_not_hold_stay_with_torch(function
 def test_further_arguments_are_refused(target, numbers) -> None:
     g = _Group()
     with pytest.raises(UnsupportedRowsError, match="arguments"):
-        lower_rows(g.fused(g(target, g.argument(3), *numbers)), host_target())
+        lower_rows(g.fused(g(target, g.argument(3), *numbers)), host_target())[0]
 
 
 # --- broadcasting --------------------------------------------------------------------------------
@@ -536,7 +536,7 @@ def test_a_group_of_constants_only_is_refused() -> None:
     g = _Group()
     spread = g(aten.expand.default, g.constant(torch.tensor([[1.0, 2.0, 3.0]])), [g.size(), 3])
     with pytest.raises(UnsupportedRowsError, match="how many rows"):
-        lower_rows(g.fused(g(aten.mul.Tensor, spread, 2.0)), host_target())
+        lower_rows(g.fused(g(aten.mul.Tensor, spread, 2.0)), host_target())[0]
 
 
 def test_more_rows_than_indices_can_count_go_in_stretches(monkeypatch) -> None:
@@ -545,9 +545,9 @@ def test_more_rows_than_indices_can_count_go_in_stretches(monkeypatch) -> None:
     wide = g(aten.mul.Tensor, x, g(aten.unsqueeze.default, y, 1))
     fused = g.fused(wide, g(aten.exp.default, y))
     x, y = torch.randn(100, 24), torch.randn(100)
-    whole = lower_rows(fused, host_target())(x, y)
+    whole = lower_rows(fused, host_target())[0](x, y)
     monkeypatch.setattr(rows_kernel, "MAX_ELEMENTS", 24 * 33)
-    parts = lower_rows(fused, host_target())(x, y)
+    parts = lower_rows(fused, host_target())[0](x, y)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
@@ -803,7 +803,7 @@ def test_energies_and_forces_of_a_model_in_groups(packed: bool) -> None:
 class _Kernel(nn.Module):
     def __init__(self, fused: FusedRows) -> None:
         super().__init__()
-        self.run = lower_rows(fused, host_target())
+        self.run = lower_rows(fused, host_target())[0]
 
     def forward(self, *args: Any) -> tuple[Tensor, ...]:
         return self.run(*(a.contiguous() if isinstance(a, Tensor) else a for a in args))

@@ -27,6 +27,7 @@ class OnlyGates:
 
     name: str = "only_gates"
     target: str = "here"
+    groups_linears: bool = False
     asked: list[str] = field(default_factory=list)
 
     def lower(self, node, attribute):
@@ -38,7 +39,7 @@ class OnlyGates:
 
 
 class Nobody:
-    name, target = "nobody", "nowhere"
+    name, target, groups_linears = "nobody", "nowhere", False
 
     def lower(self, node, attribute):
         return Refused("never")

@@ -18,18 +18,24 @@ class ReferenceBackend:
 
     name = "reference"
 
+    groups_linears = True
+
     def __init__(self, target: str | None = None) -> None:
         self.target = target or "torch"
 
     def lower(self, node: Node, attribute: Attribute) -> Lowered | Refused:
         """Always yes: the operator itself, with weights and settings left as arguments."""
         operator: Any = node.target
-        simulated = " (integers simulated)" if operator is _INTEGER_WEIGHTS else ""
-        return Lowered(operator, f"f32{simulated}", node.args)
+        return Lowered(operator, _arithmetic(node), node.args)
 
     def lower_rows(self, fused: FusedRows) -> Lowered | Refused:
         """Always yes: torch's operators one by one."""
-        return Lowered(fused, "f32", ())
+        operators = (n for n in fused.graph.nodes if getattr(n.target, "namespace", "") == "gaq")
+        return Lowered(fused, "f32", (), tuple(_arithmetic(n) for n in operators))
+
+
+def _arithmetic(node: Node) -> str:
+    return "f32 (integers simulated)" if node.target is _INTEGER_WEIGHTS else "f32"
 
 
 register_backend("reference", ReferenceBackend)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
 from torch.fx import Node
 
 from ...config import activation_scheme
-from ...ir.layout import lmax
-from ...ir.specs import linear_spec
-from ...numerics.packing import unpack_int4
+from ...ir.specs import learned_directions
 from ...operators.registration import ops
 from ...passes.fuse_rows import FusedRows
 from ..base import Attribute, Lowered, Refused, register_backend
 from .build import host_target, tvm_version
 from .conv import conv_backward, conv_forward
-from .dense_plan import GRADIENT
-from .linear import LinearProblem, arithmetic, lower_linear
+from .linear import arithmetic
+from .linear_nodes import LEARNED, LINEARS, is_fixed, lower_linear_node
 from .pointwise import (
     lower_gate,
     lower_gate_backward,
@@ -31,8 +28,6 @@ from .pointwise import (
 from .rows_kernel import lower_rows
 from .rows_plan import UnsupportedRowsError
 from .sum_rows_kernel import lower_sum_rows
-
-LEARNED = "learned directions are a baseline, and have no generated kernel"
 
 Rule = Callable[[Node, Attribute, str], "Lowered | Refused"]
 
@@ -48,6 +43,7 @@ class TVMBackend:
     """
 
     name = "tvm"
+    groups_linears = True
 
     def __init__(self, target: str | None = None) -> None:
         tvm_version()
@@ -63,52 +59,18 @@ class TVMBackend:
     def lower_rows(self, fused: FusedRows) -> Lowered | Refused:
         """One generated kernel for the group, or why there is none."""
         try:
-            return Lowered(lower_rows(fused, self.target), "f32", ())
+            run, linears = lower_rows(fused, self.target)
         except UnsupportedRowsError as reason:
             return Refused(str(reason))
+        within = tuple(arithmetic(k.plan.problem, self.target) for k in linears)
+        return Lowered(run, "f32", (), within)
 
 
-def _constant(node: object) -> bool:
-    return node is None or (isinstance(node, Node) and node.op == "get_attr")
-
-
-def _float_linear(node: Node, attribute: Attribute, target: str) -> Lowered | Refused:
-    x, weight, bias, spec, transpose, _ = node.args
-    if not (_constant(weight) and _constant(bias)):
-        return Refused("weights are computed at run time, kernels need them fixed")
-    problem = LinearProblem(str(spec), "f32", "f32", bool(transpose), bias is not None)
-    run = lower_linear(problem, attribute(weight), None, None, _optional(bias, attribute), target)
-    return Lowered(run, arithmetic(problem, target), (x,))
-
-
-def _integer_linear(node: Node, attribute: Attribute, target: str) -> Lowered | Refused:
-    x, steps, codes, scale, bias, spec, scheme, bits, transpose, _ = node.args
-    if not all(_constant(part) for part in (steps, codes, scale, bias)):
-        return Refused("weights are computed at run time, kernels need them fixed")
-    if _looks_up(str(scheme), linear_spec(str(spec)).irreps_in):
-        return Refused(LEARNED)
-    problem = LinearProblem(str(spec), str(scheme), f"s{bits}", bool(transpose), bias is not None)
-    stored = attribute(codes)
-    plain = unpack_int4(stored, linear_spec(str(spec)).weight_numel) if bits == 4 else stored
-    run = lower_linear(
-        problem,
-        plain,
-        attribute(scale).float(),
-        _optional(steps, attribute),
-        _optional(bias, attribute),
-        target,
-    )
-    return Lowered(run, arithmetic(problem, target), (x,))
-
-
-def _looks_up(scheme: str, irreps: str) -> bool:
-    """Whether a scheme takes directions of these irreps from a table."""
-    known = scheme not in ("f32", GRADIENT) and activation_scheme(scheme).vector == "svq"
-    return known and lmax(irreps) > 0
-
-
-def _optional(node: object, attribute: Attribute) -> Tensor | None:
-    return attribute(node) if isinstance(node, Node) else None
+def _linear(node: Node, attribute: Attribute, target: str) -> Lowered | Refused:
+    kernel = lower_linear_node(node, attribute, target)
+    if isinstance(kernel, Refused):
+        return kernel
+    return Lowered(kernel, arithmetic(kernel.plan.problem, target), (node.args[0],))
 
 
 def _conv(node: Node, attribute: Attribute, target: str) -> Lowered | Refused:
@@ -153,9 +115,9 @@ def _harmonics_backward(node: Node, attribute: Attribute, target: str) -> Lowere
 
 def _mddq(node: Node, attribute: Attribute, target: str) -> Lowered | Refused:
     x, scale, irreps, scheme, _ = node.args
-    if not _constant(scale):
+    if not is_fixed(scale):
         return Refused("activation steps are computed at run time, kernels need them fixed")
-    if _looks_up(str(scheme), str(irreps)):
+    if learned_directions(str(scheme), str(irreps)):
         return Refused(LEARNED)
     if activation_scheme(str(scheme)).common:
         return Refused("activations on a common grid have a kernel only together with integer weights")
@@ -164,15 +126,14 @@ def _mddq(node: Node, attribute: Attribute, target: str) -> Lowered | Refused:
 
 def _mddq_backward(node: Node, attribute: Attribute, target: str) -> Lowered | Refused:
     grad, x, scale, irreps, scheme, _ = node.args
-    if not _constant(scale):
+    if not is_fixed(scale):
         return Refused("activation steps are computed at run time, kernels need them fixed")
     run = lower_mddq_backward(str(irreps), str(scheme), attribute(scale), target)
     return Lowered(run, "f32", (grad, x))
 
 
 _RULES: dict[object, Rule] = {
-    ops.irreps_linear.default: _float_linear,
-    ops.int_irreps_linear.default: _integer_linear,
+    **dict.fromkeys(LINEARS, _linear),
     ops.sum_rows.default: _sum_rows,
     ops.conv.default: _conv,
     ops.conv_backward.default: _conv_backward,

@@ -13,6 +13,9 @@ Integers never leave the task. Rows beyond the last are computed on clamped rows
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from ...config import ActivationScheme, activation_scheme
 from ...numerics.gradients import LARGEST, SMALLEST
 from .build import module_text
@@ -24,6 +27,27 @@ _FLOAT_MAX = (2.0 - 2.0**-23) * 2.0**127
 _WEIGHTS = {"f32": "float32", "s16": "int16", "s8": "int8", "s4": "uint8"}
 
 
+Place = Callable[[str, str, int], str]  # row of the task, first column, how many -> their text
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a linear's text stands in.
+
+    Attributes:
+        x, y: the places of input and output elements.
+        last: the last row of the task that may be read.
+        prefix: begins the names of constants and tile buffers, where there are several linears.
+        task_rows: the most rows of a task.
+    """
+
+    x: Place
+    y: Place
+    last: str
+    prefix: str
+    task_rows: int
+
+
 def dense_text(plan: DensePlan, parallel: bool) -> str:
     """The TVMScript module of a plan.
 
@@ -31,11 +55,15 @@ def dense_text(plan: DensePlan, parallel: bool) -> str:
     float32, the packed constants, and ``task``, the rows per task (at most the schedule's).
     """
     names = arguments(plan)
-    body = ["n0 = t * task", "rows = T.min(task, m - n0)", *_buffers(plan), *_prologue(plan)]
-    for product in plan.products:
-        for tiles in product.tiles:
-            body += _sweep(plan, product, tiles)
-    body += _fill(plan)
+    frame = Frame(
+        x=lambda row, column, lanes: vector("x", column, lanes, row=f"n0 + {row}"),
+        y=lambda row, column, lanes: vector("y", column, lanes, row=f"n0 + {row}"),
+        last="m - 1 - n0",
+        prefix="",
+        task_rows=plan.schedule.task_rows,
+    )
+    setup = ["n0: T.let = t * task", "rows: T.let = T.min(task, m - n0)"]
+    body = [*setup, *tile_buffers(plan, frame), *task_lines(plan, frame)]
     kind = "parallel" if parallel else "serial"
     lines = loop(f"t in T.{kind}((m + task - 1) // task)", body)
     shapes = {"x": f"(m, {plan.dim_in})", "y": f"(m, {plan.dim_out})"}
@@ -46,6 +74,15 @@ def dense_text(plan: DensePlan, parallel: bool) -> str:
         preamble.append(f'{name} = T.match_buffer({name}_h, {shape}, "{dtype}", align={align})')
     signature = ", ".join([*(f"{name}_h: T.handle" for name in names), "task: T.int32"])
     return module_text(signature, "".join(f"        {line}\n" for line in (*preamble, *lines)))
+
+
+def task_lines(plan: DensePlan, frame: Frame) -> list[str]:
+    """The product for a task of ``rows`` rows, which must be a name of the text around it."""
+    body = _prologue(plan, frame)
+    for product in plan.products:
+        for tiles in product.tiles:
+            body += _sweep(plan, frame, product, tiles)
+    return body + _fill(plan, frame)
 
 
 def arguments(plan: DensePlan) -> dict[str, str]:
@@ -69,57 +106,58 @@ def sizes(plan: DensePlan) -> dict[str, int]:
     return plan.sizes | {"steps": steps, "fine": steps if scheme is not None and scheme.common else 0}
 
 
-def _buffers(plan: DensePlan) -> list[str]:
-    """The tile buffers; a register tile may read rows beyond the task's."""
-    rows = plan.schedule.task_rows + max(plan.schedule.rows)
+def tile_buffers(plan: DensePlan, frame: Frame) -> list[str]:
+    """The tile buffers' declarations; a register tile may read rows beyond the task's."""
+    rows, p = frame.task_rows + max(plan.schedule.rows), frame.prefix
     lines = []
     for dtype in ("float32", "int16", "int8", "uint8"):
         size = plan.row_size(dtype)
         if size:
-            lines.append(f'{_BUFFERS[dtype]} = T.alloc_buffer(({rows * size},), "{dtype}", scope="global")')
+            name, shape = f"{p}{_BUFFERS[dtype]}", f"({rows * size},)"
+            lines.append(f'{name} = T.alloc_buffer({shape}, "{dtype}", scope="global")')
     if plan.watched:
-        lines.append(f'nan = T.alloc_buffer(({rows * plan.watched},), "float32", scope="global")')
+        lines.append(f'{p}nan = T.alloc_buffer(({rows * plan.watched},), "float32", scope="global")')
     if plan.dynamic:
-        lines.append(f'gs = T.alloc_buffer(({rows * plan.dynamic},), "float32", scope="global")')
+        lines.append(f'{p}gs = T.alloc_buffer(({rows * plan.dynamic},), "float32", scope="global")')
     return lines
 
 
 # Prologue --------------------------------------------------------------------------------------
 
 
-def _prologue(plan: DensePlan) -> list[str]:
+def _prologue(plan: DensePlan, frame: Frame) -> list[str]:
     body: list[str] = []
     for operand in plan.operands:
         if operand.rule == "dynamic":
-            body += _gradient(plan, operand)
+            body += _gradient(plan, frame, operand)
         elif operand.rule != "direct":
-            body += _convert(plan, operand)
+            body += _convert(plan, frame, operand)
     return loop("r in T.serial(rows)", body) if body else []
 
 
-def _convert(plan: DensePlan, o: Operand) -> list[str]:
+def _convert(plan: DensePlan, frame: Frame, o: Operand) -> list[str]:
     """One row's block of x into the tile buffer, a vector of channels at a time.
 
     The last vector is moved back to end with the block: it overlaps, and repeats the same values.
     """
     mul = o.block.mul
     lanes = min(plan.unit.lanes, 1 << (mul.bit_length() - 1))
-    comps = range(o.block.components)
-    lines = [f"u = T.min(i * {lanes}, {mul - lanes})"]
+    comps, p = range(o.block.components), frame.prefix
+    lines = [f"u: T.let = T.min(i * {lanes}, {mul - lanes})"]
     for c in comps:
-        lines.append(f"v{c} = {vector('x', f'{o.block.base + c * o.block.stride} + u', lanes, row='n0 + r')}")
+        lines.append(f"v{c}: T.let = {frame.x('r', f'{o.block.base + c * o.block.stride} + u', lanes)}")
     if o.rule == "scaled":
-        lines.append(f"s = {vector('scale', f'{o.index} + u', lanes)}")
+        lines.append(f"s: T.let = {vector(f'{p}scale', f'{o.index} + u', lanes)}")
         values = [f"v{c} * s" for c in comps]
     else:
-        lines.append(f"s = {vector('steps', f'{o.index} + u', lanes)}")
+        lines.append(f"s: T.let = {vector(f'{p}steps', f'{o.index} + u', lanes)}")
         scheme = activation_scheme(plan.problem.activation)
         if scheme.common:
-            lines.append(f"ratio = {vector('fine', f'{o.index} + u', lanes)}")
+            lines.append(f"ratio: T.let = {vector(f'{p}fine', f'{o.index} + u', lanes)}")
         lines += _RULES[o.rule](scheme, o, lanes)
         values = [_stored(plan, o, c, lanes) for c in comps]
     for c, value in zip(comps, values, strict=True):
-        lines.append(f"{_tile(plan, o, 'r', f'{c * o.width} + u', lanes)} = {value}")
+        lines.append(f"{_tile(plan, frame, o, 'r', f'{c * o.width} + u', lanes)} = {value}")
     if o.slot < 0:
         return loop(f"i in T.serial({-(-mul // lanes)})", lines)
     zero = splat(literal(0.0), lanes)
@@ -129,14 +167,14 @@ def _convert(plan: DensePlan, o: Operand) -> list[str]:
     lines.append(f"{watch} = {' + '.join([watch, *bad])}")
     total = " + ".join(f"{name}[{k}]" for k in range(lanes))
     return [
-        f'{name} = T.alloc_buffer(({lanes},), "float32", scope="local")',
+        f'{name} = T.alloc_buffer(({lanes},), "float32", scope="global")',
         f"{watch} = {zero}",
         *loop(f"i in T.serial({-(-mul // lanes)})", lines),
-        f"nan[r * {plan.watched} + {o.slot}] = {total}",
+        f"{p}nan[r * {plan.watched} + {o.slot}] = {total}",
     ]
 
 
-def _gradient(plan: DensePlan, o: Operand) -> list[str]:
+def _gradient(plan: DensePlan, frame: Frame, o: Operand) -> list[str]:
     """One row's block of a gradient into 16-bit integers, a step per component (numerics.gradients).
 
     The maximum is taken of the bits of ``|t|``, which order floats and put infinities and NaNs on
@@ -146,32 +184,33 @@ def _gradient(plan: DensePlan, o: Operand) -> list[str]:
     mul, comps = o.block.mul, range(o.block.components)
     lanes = min(plan.unit.lanes, 1 << (mul.bit_length() - 1))
     ints = _many("int32", lanes)
-    load = [f"u = T.min(i * {lanes}, {mul - lanes})", f"w = {vector('scale', f'{o.index} + u', lanes)}"]
+    weight = vector(f"{frame.prefix}scale", f"{o.index} + u", lanes)
+    load = [f"u: T.let = T.min(i * {lanes}, {mul - lanes})", f"w: T.let = {weight}"]
     for c in comps:
-        place = vector("x", f"{o.block.base + c * o.block.stride} + u", lanes, row="n0 + r")
-        load.append(f"t{c} = {place} * w")
+        place = frame.x("r", f"{o.block.base + c * o.block.stride} + u", lanes)
+        load.append(f"t{c}: T.let = {place} * w")
     header = f"i in T.serial({-(-mul // lanes)})"
     lines, largest, stores = [], [], []
     for c in comps:
         name = f"top{o.step + c}"
         lines += [
-            f'{name} = T.alloc_buffer(({lanes},), "int32", scope="local")',
+            f'{name} = T.alloc_buffer(({lanes},), "int32", scope="global")',
             f"{vector(name, '0', lanes)} = {splat('0', lanes)}",
         ]
         bits = f'T.reinterpret(t{c}, dtype="{ints}") & {splat("0x7FFFFFFF", lanes)}'
         largest.append(f"{vector(name, '0', lanes)} = T.max({vector(name, '0', lanes)}, {bits})")
     lines += loop(header, load + largest)
     for c in comps:
-        lines += _step(plan, o, c, lanes)
+        lines += _step(plan, frame, o, c, lanes)
     rounding = splat(literal(1.5 * 2.0**23), lanes)
     for c in comps:
         bits = f'T.reinterpret(t{c} * {splat(f"inv{o.step + c}", lanes)} + {rounding}, dtype="{ints}")'
-        place = _tile(plan, o, "r", f"{c * o.width} + u", lanes)
+        place = _tile(plan, frame, o, "r", f"{c * o.width} + u", lanes)
         stores.append(f'{place} = T.Cast("{_many("int16", lanes)}", {bits})')
     return lines + loop(header, load + stores)
 
 
-def _step(plan: DensePlan, o: Operand, c: int, lanes: int) -> list[str]:
+def _step(plan: DensePlan, frame: Frame, o: Operand, c: int, lanes: int) -> list[str]:
     """A component's step, kept for the row's products, and what its values are multiplied by."""
     k = o.step + c
     lines, half = [], lanes // 2
@@ -183,9 +222,9 @@ def _step(plan: DensePlan, o: Operand, c: int, lanes: int) -> list[str]:
     finite = f"T.Select(m{k} <= {literal(_FLOAT_MAX)}, m{k} * {literal(1.0 / LARGEST)}, T.float32('nan'))"
     return [
         *lines,
-        f'm{k} = T.reinterpret(top{k}[0], dtype="float32")',
-        f"gs[r * {plan.dynamic} + {k}] = T.Select(m{k} < {small}, {zero}, {finite})",
-        f"inv{k} = T.Select(m{k} < {small}, {zero}, {literal(float(LARGEST))} / m{k})",
+        f'm{k}: T.let = T.reinterpret(top{k}[0], dtype="float32")',
+        f"{frame.prefix}gs[r * {plan.dynamic} + {k}] = T.Select(m{k} < {small}, {zero}, {finite})",
+        f"inv{k}: T.let = T.Select(m{k} < {small}, {zero}, {literal(float(LARGEST))} / m{k})",
     ]
 
 
@@ -210,22 +249,26 @@ def _component(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
     codes = [f"T.max(T.min(T.nearbyint(v{c} / s), {high}), {low})" for c in range(o.block.components)]
     if scheme.common:
         codes = [f"T.nearbyint({code} * ratio)" for code in codes]
-    return [f"X{c} = {code}" for c, code in enumerate(codes)]
+    return [f"X{c}: T.let = {code}" for c, code in enumerate(codes)]
 
 
 def _magnitude(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
     squares = " + ".join(f"v{c} * v{c}" for c in range(o.block.components))
     top = splat(literal(float(scheme.qmax(o.block.l))), lanes)
     return [
-        f"m1 = T.sqrt({squares})",
-        f"q = T.min(T.nearbyint(m1 / s), {top})",
+        f"m1: T.let = T.sqrt({squares})",
+        f"q: T.let = T.min(T.nearbyint(m1 / s), {top})",
     ]
 
 
 def _exact(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
     zero = splat(literal(0.0), lanes)
-    factor = f"f = T.Select(q == {zero}, {zero}, {'q * ratio' if scheme.common else 'q'} / m1)"
-    return [*_magnitude(scheme, o, lanes), factor, *(f"X{c} = v{c} * f" for c in range(o.block.components))]
+    factor = f"f: T.let = T.Select(q == {zero}, {zero}, {'q * ratio' if scheme.common else 'q'} / m1)"
+    return [
+        *_magnitude(scheme, o, lanes),
+        factor,
+        *(f"X{c}: T.let = v{c} * f" for c in range(o.block.components)),
+    ]
 
 
 def _mddq(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
@@ -235,11 +278,11 @@ def _mddq(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
     fine = "ratio" if scheme.common else splat(literal(2.0 ** scheme.fraction_bits(o.block.l)), lanes)
     return [
         *_magnitude(scheme, o, lanes),
-        f"g = T.Select(q == {zero}, {zero}, {levels} / m1)",
-        *(f"d{c} = T.nearbyint(v{c} * g)" for c in comps),
-        f"h = T.sqrt({' + '.join(f'd{c} * d{c}' for c in comps)})",
-        f"f = T.Select(q == {zero}, {zero}, q * {fine} / h)",
-        *(f"X{c} = T.nearbyint(d{c} * f)" for c in comps),
+        f"g: T.let = T.Select(q == {zero}, {zero}, {levels} / m1)",
+        *(f"d{c}: T.let = T.nearbyint(v{c} * g)" for c in comps),
+        f"h: T.let = T.sqrt({' + '.join(f'd{c} * d{c}' for c in comps)})",
+        f"f: T.let = T.Select(q == {zero}, {zero}, q * {fine} / h)",
+        *(f"X{c}: T.let = T.nearbyint(d{c} * f)" for c in comps),
     ]
 
 
@@ -249,44 +292,47 @@ _RULES = {"component": _component, "mddq": _mddq, "exact": _exact}
 # Register tiles --------------------------------------------------------------------------------
 
 
-def _sweep(plan: DensePlan, p: Product, tiles: ColumnTiles) -> list[str]:
+def _sweep(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles) -> list[str]:
     """All register tiles of one product and one width of column tile."""
     height = plan.schedule.rows[tiles.vectors - 1]
-    tile = loop(f"s in T.serial((rows + {height - 1}) // {height})", _register_tile(plan, p, tiles, height))
+    body = _register_tile(plan, frame, p, tiles, height)
+    tile = loop(f"s in T.serial((rows + {height - 1}) // {height})", body)
     columns, comps = f"j in T.serial({tiles.count})", f"c in T.serial({p.block.components})"
     if plan.schedule.components_first:
         return loop(comps, loop(columns, tile))
     return loop(columns, loop(comps, tile))
 
 
-def _register_tile(plan: DensePlan, p: Product, tiles: ColumnTiles, height: int) -> list[str]:
+def _register_tile(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, height: int) -> list[str]:
     o, lanes, vectors = plan.operands[p.operand], plan.unit.lanes, tiles.vectors
     dtype = "float32" if o.kind == "f32" else "int32"
     cells = [(r, v) for r in range(height) for v in range(vectors)]
-    lines = [f'a{r}_{v} = T.alloc_buffer(({lanes},), "{dtype}", scope="local")' for r, v in cells]
+    lines = [f'a{r}_{v} = T.alloc_buffer(({lanes},), "{dtype}", scope="global")' for r, v in cells]
     for r, v in cells:
-        lines.append(f"{_acc(r, v, lanes)} = {_start(p, tiles, v, lanes, dtype)}")
+        lines.append(f"{_acc(r, v, lanes)} = {_start(frame, p, tiles, v, lanes, dtype)}")
     if o.rule == "direct":
-        lines += [f"i{r} = T.min(n0 + s * {height} + {r}, m - 1)" for r in range(height)]
+        lines += [f"i{r}: T.let = T.min(s * {height} + {r}, {frame.last})" for r in range(height)]
     step = plan.unit.step(o.kind)
     steps = -(-p.depth // step)
     whole, halves = divmod(steps, 2) if plan.problem.weight == "s4" else (steps, 0)
     if whole:
-        lines += loop(f"k in T.serial({whole})", _group(plan, p, tiles, "k", odd=False))
+        lines += loop(f"k in T.serial({whole})", _group(plan, frame, p, tiles, "k", odd=False))
     if halves:  # an odd last group: only the low halves of its bytes
-        lines += _group(plan, p, tiles, str(whole), odd=True)
+        lines += _group(plan, frame, p, tiles, str(whole), odd=True)
     for r in range(height):
-        lines += [f"if s * {height} + {r} < rows:", *("    " + line for line in _store(plan, p, tiles, r))]
+        stores = _store(plan, frame, p, tiles, r)
+        lines += [f"if s * {height} + {r} < rows:", *("    " + line for line in stores)]
     return lines
 
 
-def _start(p: Product, tiles: ColumnTiles, v: int, lanes: int, dtype: str) -> str:
+def _start(frame: Frame, p: Product, tiles: ColumnTiles, v: int, lanes: int, dtype: str) -> str:
     if p.sums >= 0:
-        return vector("sums", f"{p.sums + tiles.start * lanes} + {_column(tiles, v, lanes)}", lanes)
+        place = f"{p.sums + tiles.start * lanes} + {_column(tiles, v, lanes)}"
+        return vector(f"{frame.prefix}sums", place, lanes)
     return splat("0" if dtype == "int32" else literal(0.0), lanes)
 
 
-def _group(plan: DensePlan, p: Product, tiles: ColumnTiles, k: str, *, odd: bool) -> list[str]:
+def _group(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, k: str, *, odd: bool) -> list[str]:
     """Accumulate one stored group of input channels (two steps where a byte holds two codes)."""
     o, unit, vectors = plan.operands[p.operand], plan.unit, tiles.vectors
     step, lanes = unit.step(o.kind), unit.lanes
@@ -294,19 +340,20 @@ def _group(plan: DensePlan, p: Product, tiles: ColumnTiles, k: str, *, odd: bool
     stored = groups(plan, o.kind, p.depth)
     base = p.weight + tiles.start * lanes * step * stored
     place = f"{base} + (j * {stored} + {k}) * {row}"
-    packed = plan.problem.weight == "s4"
+    packed, weight = plan.problem.weight == "s4", f"{frame.prefix}weight"
     lines = []
     if packed:
         stacked = (f"{place} + {v * lanes * step}" for v in range(vectors))
-        lines = [f"b{v} = {vector('weight', at, lanes * step)}" for v, at in enumerate(stacked)]
+        lines = [f"b{v}: T.let = {vector(weight, at, lanes * step)}" for v, at in enumerate(stacked)]
     for half in range(2 if packed and not odd else 1):
         step_index = f"({k} * 2 + {half})" if packed else k
         for v in range(vectors):
             raw = _nibble(f"b{v}", half, lanes * step) if packed else None
-            raw = raw or vector("weight", f"{place} + {v * lanes * step}", lanes * step)
-            lines.append(f"w{half}_{v} = {_decode(plan, o, raw)}")
+            raw = raw or vector(weight, f"{place} + {v * lanes * step}", lanes * step)
+            lines.append(f"w{half}_{v}: T.let = {_decode(plan, o, raw)}")
         for r in range(plan.schedule.rows[vectors - 1]):
-            lines.append(f"e{half}_{r} = {_operand(plan, p, r, step_index, plan.schedule.rows[vectors - 1])}")
+            height = plan.schedule.rows[vectors - 1]
+            lines.append(f"e{half}_{r}: T.let = {_operand(plan, frame, p, r, step_index, height)}")
             for v in range(vectors):
                 acc = _acc(r, v, lanes)
                 lines.append(f"{acc} = {unit.accumulate(o.kind, acc, f'e{half}_{r}', f'w{half}_{v}')}")
@@ -335,12 +382,13 @@ def _decode(plan: DensePlan, o: Operand, raw: str) -> str:
     return raw if step == 4 else f'T.Cast("int16x{2 * lanes}", {raw})'
 
 
-def _operand(plan: DensePlan, p: Product, r: int, k: str, height: int) -> str:
+def _operand(plan: DensePlan, frame: Frame, p: Product, r: int, k: str, height: int) -> str:
     """The operand of row r and step k, in every lane."""
     o, lanes, step = plan.operands[p.operand], plan.unit.lanes, plan.unit.step(plan.operands[p.operand].kind)
     if o.rule == "direct":
-        return splat(f"x[i{r}, {o.block.base + p.first} + c * {o.block.stride} + {k}]", lanes)
-    here = _tile(plan, o, f"(s * {height} + {r})", f"{p.first} + c * {o.width} + {k} * {step}", step)
+        column = f"{o.block.base + p.first} + c * {o.block.stride} + {k}"
+        return splat(frame.x(f"i{r}", column, 1), lanes)
+    here = _tile(plan, frame, o, f"(s * {height} + {r})", f"{p.first} + c * {o.width} + {k} * {step}", step)
     if o.kind == "f32":
         return splat(here, lanes)
     if step == 1:
@@ -349,11 +397,11 @@ def _operand(plan: DensePlan, p: Product, r: int, k: str, height: int) -> str:
     return f'T.reinterpret({splat(f"""T.reinterpret({here}, dtype="int32")""", lanes)}, dtype="{dtype}")'
 
 
-def _store(plan: DensePlan, p: Product, tiles: ColumnTiles, r: int) -> list[str]:
+def _store(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, r: int) -> list[str]:
     """Row r of a register tile to y: times scale, plus bias or what earlier products left."""
     o, lanes = plan.operands[p.operand], plan.unit.lanes
     height = plan.schedule.rows[tiles.vectors - 1]
-    row = f"n0 + s * {height} + {r}"
+    row, names = f"(s * {height} + {r})", frame.prefix
     lines = []
     for v in range(tiles.vectors):
         column = f"{tiles.start * lanes} + {_column(tiles, v, lanes)}"
@@ -361,40 +409,43 @@ def _store(plan: DensePlan, p: Product, tiles: ColumnTiles, r: int) -> list[str]
         if o.kind != "f32":
             value = f'T.Cast("float32x{lanes}", {value})'
         if p.scale >= 0:
-            value += f" * {vector('scale', f'{p.scale} + {column}', lanes)}"
+            value += f" * {vector(f'{names}scale', f'{p.scale} + {column}', lanes)}"
         if o.step >= 0:
-            value += f" * {splat(f'gs[(s * {height} + {r}) * {plan.dynamic} + {o.step} + c]', lanes)}"
+            value += f" * {splat(f'{names}gs[{row} * {plan.dynamic} + {o.step} + c]', lanes)}"
         if o.slot >= 0:
-            spot = f"nan[(s * {height} + {r}) * {plan.watched} + {o.slot}]"
+            spot = f"{names}nan[{row} * {plan.watched} + {o.slot}]"
             value += f" + {splat(spot, lanes)}"
         if p.bias >= 0:
-            value += f" + {vector('bias', f'{p.bias} + {column}', lanes)}"
+            value += f" + {vector(f'{names}bias', f'{p.bias} + {column}', lanes)}"
         at = f"{p.block.base} + c * {p.block.stride} + {column}"
         tail = p.block.mul - (tiles.start + tiles.vectors * (tiles.count - 1) + v) * lanes
-        lines += _write(value, row, at, lanes, tail, add=not p.opens, name=f"z{v}")
+        lines += _write(frame, value, row, at, lanes, tail, add=not p.opens, name=f"z{v}")
     return lines
 
 
-def _write(value: str, row: str, at: str, lanes: int, tail: int, *, add: bool, name: str) -> list[str]:
+def _write(
+    frame: Frame, value: str, row: str, at: str, lanes: int, tail: int, *, add: bool, name: str
+) -> list[str]:
     """``y[row, at : at + lanes] (+)= value``; only ``tail`` of them in a block's last vector."""
     if tail >= lanes:
-        place = vector("y", at, lanes, row=row)
+        place = frame.y(row, at, lanes)
         return [f"{place} = {place} + {value}" if add else f"{place} = {value}"]
-    one = f"y[{row}, {at} + i]"
+    one = frame.y(row, f"{at} + i", 1)
     return [
-        f'{name} = T.alloc_buffer(({lanes},), "float32", scope="local")',
+        f'{name} = T.alloc_buffer(({lanes},), "float32", scope="global")',
         f"{vector(name, '0', lanes)} = {value}",
         *loop(f"i in T.serial({tail})", [f"{one} = {one} + {name}[i]" if add else f"{one} = {name}[i]"]),
     ]
 
 
-def _fill(plan: DensePlan) -> list[str]:
+def _fill(plan: DensePlan, frame: Frame) -> list[str]:
     """Output blocks that no product reaches: their bias, or zeros."""
     lines: list[str] = []
     for b in plan.unreached:
         bias = plan.bias_offset(b)
-        value = f"bias[{bias} + i]" if bias >= 0 else literal(0.0)
-        inner = loop(f"i in T.serial({b.mul})", [f"y[n0 + r, {b.base} + c * {b.stride} + i] = {value}"])
+        value = f"{frame.prefix}bias[{bias} + i]" if bias >= 0 else literal(0.0)
+        place = frame.y("r", f"{b.base} + c * {b.stride} + i", 1)
+        inner = loop(f"i in T.serial({b.mul})", [f"{place} = {value}"])
         lines += loop("r in T.serial(rows)", loop(f"c in T.serial({b.components})", inner))
     return lines
 
@@ -402,10 +453,11 @@ def _fill(plan: DensePlan) -> list[str]:
 # Places ----------------------------------------------------------------------------------------
 
 
-def _tile(plan: DensePlan, o: Operand, row: str, column: str, lanes: int) -> str:
+def _tile(plan: DensePlan, frame: Frame, o: Operand, row: str, column: str, lanes: int) -> str:
     """Consecutive elements of an operand in the tile buffer."""
     dtype = plan.unit.storage(o.kind)
-    return vector(_BUFFERS[dtype], f"{row} * {plan.row_size(dtype)} + {o.offset} + {column}", lanes)
+    place = f"{row} * {plan.row_size(dtype)} + {o.offset} + {column}"
+    return vector(f"{frame.prefix}{_BUFFERS[dtype]}", place, lanes)
 
 
 def _column(tiles: ColumnTiles, v: int, lanes: int) -> str:

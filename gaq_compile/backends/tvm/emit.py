@@ -86,7 +86,7 @@ def loop(header: str, lines: Iterable[str]) -> list[str]:
 
 def local(name: str, size: int, dtype: str = "float32") -> str:
     """A small thread-private array."""
-    return f'{name} = T.alloc_buffer(({size},), "{dtype}", scope="local")'
+    return f'{name} = T.alloc_buffer(({size},), "{dtype}", scope="global")'
 
 
 def kernel_text(buffers: Sequence[tuple[str, str, str]], body: Sequence[str]) -> str:

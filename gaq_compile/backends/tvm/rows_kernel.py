@@ -18,17 +18,30 @@ from torch import Tensor
 
 from ...passes.fuse_rows import FusedRows
 from .build import compile_kernel
+from .dense_kernel import Frame, arguments, task_lines, tile_buffers
 from .emit import block_lanes, kernel_text, literal, loop, splat
+from .linear import LinearKernel
 from .row_kernel import LANES, MAX_ELEMENTS, Emitter, row_loop
 from .rows_operators import emit_operator
 from .rows_plan import Argument, Plan, Stage, Step, UnsupportedRowsError, make_plan
 from .rows_values import TILE, Base, View, contiguous_strides, places
 
-_DTYPES = {torch.float32: "float32", torch.bool: "int8", torch.int64: "int64", torch.int32: "int32"}
+_PRODUCTS_PER_FLOAT = 64  # multiplications of a linear that take as long as a float read and written
+_DTYPES = {
+    torch.int16: "int16",
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.float32: "float32",
+    torch.bool: "int8",
+    torch.int64: "int64",
+    torch.int32: "int32",
+}
 
 
-def lower_rows(fused: FusedRows, target: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The compiled group: its arguments in order -> its results.
+def lower_rows(
+    fused: FusedRows, target: str
+) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[LinearKernel, ...]]:
+    """The compiled group: its arguments in order -> its results; and the linears in it.
 
     Args:
         fused: the group.
@@ -38,7 +51,7 @@ def lower_rows(fused: FusedRows, target: str) -> Callable[..., tuple[Tensor, ...
         UnsupportedRowsError: for what no kernel is generated for.
         LoweringError: if TVM rejects the kernel.
     """
-    plan = make_plan(fused)
+    plan = make_plan(fused, target)
     given = [n for n in fused.graph.nodes if n.op == "placeholder"]
     used = [k for k, node in enumerate(given) if node in fused.shapes]
     by_row = [p for p, a in enumerate(plan.arguments) if a.kind in ("rows", "index")]
@@ -49,6 +62,7 @@ def lower_rows(fused: FusedRows, target: str) -> Callable[..., tuple[Tensor, ...
     single = [p for p, a in enumerate(plan.arguments) if a.single]
     flags = [p for p, a in enumerate(plan.arguments) if a.dtype is torch.bool]
     constants = [value.contiguous() for value in plan.constants.values()]
+    constants += [packed for linear in plan.linears.values() for packed in linear.constants]
     results = [(row, dtype) for _, row, dtype in plan.outputs]
     widest = max(math.prod(row) for row in (*(a.row for a in plan.arguments), *(r for r, _ in results)))
     limit = MAX_ELEMENTS // max(1, widest)
@@ -68,7 +82,7 @@ def lower_rows(fused: FusedRows, target: str) -> Callable[..., tuple[Tensor, ...
         kernel(*tensors, *constants, *written)
         return tuple(found)
 
-    return run
+    return run, tuple(plan.linears.values())
 
 
 def _in_stretches(
@@ -85,7 +99,7 @@ def _in_stretches(
 
 
 def rows_source(plan: Plan) -> str:
-    """TVMScript of ``main(*arguments, *constants, *results)``.
+    """TVMScript of ``main(*arguments, *constants, *constants of linears, *results)``.
 
     Raises:
         UnsupportedRowsError: for an operator without a kernel.
@@ -100,20 +114,24 @@ class _Writer:
         self.dtypes = {a.name: a.dtype for a in plan.arguments}
         self.dtypes |= {f"o{k}": dtype for k, (_, _, dtype) in enumerate(plan.outputs)}
         self.kept = _kept(plan)
+        self.last = _last_stages(plan)
         self.slots: dict[object, int] = {}
+        self.spare: dict[int, list[int]] = {}  # places whose values nobody reads any more, by size
         self.scratch = 0
+        self.setup: list[str] = []
         self.work = 0
         self.passing = 0  # places of values within one operator, used again by the next
 
     def source(self) -> str:
-        body: list[str] = [f"rows: T.let = T.min({TILE}, n - i)"]
+        body: list[str] = ["first: T.let = i", f"rows: T.let = T.min({TILE}, n - first)"]
         for k, stage in enumerate(self.plan.stages):
             body += self._straight(stage, k) if stage.across else self._looped(stage, k)
+            self._give_back(k)
         body += self._repeated()
         buffers, flat = self._buffers()
-        scratch = f'scratch = T.alloc_buffer(({max(1, self.scratch)},), "float32", scope="local")'
+        scratch = f'scratch = T.alloc_buffer(({max(1, self.scratch)},), "float32", scope="global")'
         work = max(1, self.work // TILE)
-        return kernel_text(buffers, [*flat, *row_loop(body, work, step=TILE, setup=[scratch])])
+        return kernel_text(buffers, [*flat, *row_loop(body, work, step=TILE, setup=[scratch, *self.setup])])
 
     # --- buffers --------------------------------------------------------------------------------
 
@@ -127,35 +145,61 @@ class _Writer:
             Argument(f"o{k}", "rows", row, dtype) for k, (_, row, dtype) in enumerate(self.plan.outputs)
         ]
         late = [a for a in self.plan.arguments if a.name in constants]
-        for a in (*arguments, *sorted(late, key=lambda a: list(constants).index(a.name)), *results):
-            first = [] if a.kind == "fixed" else ["n" if a.kind in ("rows", "index") else f"m_{a.name}"]
+        given = (*arguments, *sorted(late, key=lambda a: list(constants).index(a.name)))
+        for a in (*given, *self._linear_constants(), *results):
+            first = (
+                []
+                if a.kind in ("fixed", "packed")
+                else ["n" if a.kind in ("rows", "index") else f"m_{a.name}"]
+            )
+            row = a.row
             if a.name in constants:
                 first, row = [], constants[a.name]
-            else:
-                row = a.row
             sizes = [*first, *(str(size) for size in row)]
             dtype = _DTYPES[a.dtype]
             buffers.append((a.name, ", ".join(sizes), dtype))
-            if a.kind != "index":
+            if a.kind not in ("index", "packed"):
                 total = " * ".join(sizes) or "1"
                 flat.append(f'{a.name}f = T.decl_buffer(({total},), "{dtype}", data={a.name}.data, align=4)')
         return buffers, flat
 
+    def _linear_constants(self) -> list[Argument]:
+        found = []
+        for k, linear in enumerate(self.plan.linears.values()):
+            names = [name for name in arguments(linear.plan) if name not in ("x", "y")]
+            found += [
+                Argument(f"l{k}_{name}", "packed", tuple(packed.shape), packed.dtype)
+                for name, packed in zip(names, linear.constants, strict=True)
+            ]
+        return found
+
     def _slot(self, key: object, size: int) -> int:
         if key not in self.slots:
-            self.slots[key] = self.scratch
-            self.scratch += size * TILE
+            spare = self.spare.get(size)
+            if not spare:
+                spare = [self.scratch]
+                self.scratch += size * TILE
+            self.slots[key] = spare.pop()
         return self.slots[key]
 
-    def _place(self, base: Base, element: str) -> tuple[str, str]:
-        """Buffer and index of an element along row ``r`` of the tile."""
+    def _give_back(self, stage: int) -> None:
+        """The places of values that no later stage reads are free."""
+        for base, last in self.last.items():
+            if last == stage and base in self.slots:
+                self.spare.setdefault(base.size, []).append(self.slots.pop(base))
+
+    def _place(self, base: Base, element: str, row: str = "r") -> tuple[str, str]:
+        """Buffer and index of an element along a row of the tile."""
+        if base.kind == "value" and base.across:
+            return "scratch", f"{self._slot(base, base.size)} + ({element}) * {TILE} + {row}"
         if base.kind == "value" and base not in self.out:
-            return "scratch", f"{self._slot(base, base.size)} + r * {base.size} + {element}"
+            slot = self._slot(base, base.size)
+            return "scratch", f"{slot} + {row} * {base.size} + {element}"
         if base.kind == "value":
-            return f"{self.out[base]}f", f"(i + r) * {base.size} + {element}"
+            return f"{self.out[base]}f", f"(first + {row}) * {base.size} + {element}"
         if base.kind == "fixed":
             return f"{base.name}f", element
-        start = "(i + r)" if base.kind == "rows" else f'T.Cast("int32", {base.index}[i + r])'
+        start = f"(first + {row})" if base.kind == "rows" else f'T.Cast("int32", {base.index}[first + {row}])'
         return f"{base.name}f", f"{start} * {base.size} + {element}"
 
     def _float(self, buffer: str, text: str, lanes: int) -> str:
@@ -196,7 +240,7 @@ class _Writer:
             buffer, slot = f"{self.out[base]}f", self._slot(base, base.size)
             for j in range(base.size):
                 value = self._stored(buffer, f"scratch[{slot + j * TILE} + r]", 1)
-                copies.append(f"{buffer}[(i + r) * {base.size} + {j}] = {value}")
+                copies.append(f"{buffer}[(first + r) * {base.size} + {j}] = {value}")
                 self.work += TILE
         loading = loop("r in T.serial(rows)", loads) if loads else []
         return [*loading, *e.lines, *(loop("r in T.serial(rows)", copies) if copies else [])]
@@ -262,6 +306,8 @@ class _Writer:
     # --- along rows -----------------------------------------------------------------------------
 
     def _looped(self, stage: Stage, k: int) -> list[str]:
+        if stage.steps[0].op == "linear":
+            return self._multiplied(stage.steps[0])
         if stage.steps[0].op == "cat":
             return self._concatenated(stage.steps[0])
         shape = stage.shape
@@ -385,6 +431,28 @@ class _Writer:
         buffer, index = self._place(base, element)
         return f"{buffer}[{index}] = {total}"
 
+    def _multiplied(self, step: Step) -> list[str]:
+        """A linear: the tile is its task (:mod:`.dense_kernel`)."""
+        linear, (view,) = self.plan.linears[step.result], step.operands
+
+        def place(base: Base, row: str, column: str, lanes: int) -> str:
+            buffer, index = self._place(base, column, row)
+            stride = TILE if base.kind == "value" and base.across else 1
+            return f"{buffer}[{index}]" if lanes == 1 else f"{buffer}[T.ramp({index}, {stride}, {lanes})]"
+
+        ours = view.base.kind == "value" and (view.base.across or view.base not in self.out)
+        frame = Frame(
+            x=lambda row, column, lanes: place(view.base, row, f"{view.offset} + {column}", lanes),
+            y=lambda row, column, lanes: place(step.result, row, column, lanes),
+            last=str(TILE - 1) if ours else "n - 1 - first",
+            prefix=f"l{list(self.plan.linears).index(step.result)}_",
+            task_rows=TILE,
+        )
+        self.setup += tile_buffers(linear.plan, frame)
+        moved = TILE * (view.size + step.result.size)
+        self.work += moved + TILE * linear.plan.work_per_row // _PRODUCTS_PER_FLOAT
+        return task_lines(linear.plan, frame)
+
     def _concatenated(self, step: Step) -> list[str]:
         """Copies of the parts, one after another."""
         lines: list[str] = []
@@ -423,11 +491,11 @@ class _Writer:
                 if base.across:
                     read, write = (
                         f"scratch[{self._slot(base, base.size) + j * TILE} + r]",
-                        f"(i + r) * {base.size} + {j}",
+                        f"(first + r) * {base.size} + {j}",
                     )
                     lines.append(f"{name}f[{write}] = {self._stored(name, read, 1)}")
                 else:
-                    write = f"(i + r) * {base.size} + t"
+                    write = f"(first + r) * {base.size} + t"
                     lines += loop(
                         f"t in T.serial({base.size})", [f"{name}f[{write}] = {self.out[base]}f[{write}]"]
                     )
@@ -446,6 +514,16 @@ def _kept(plan: Plan) -> set[Base]:
         own = {step.result for step in stage.steps}
         found |= {v.base for step in stage.steps for v in step.operands if v.base not in own}
     return {base for base in found if base.kind == "value"}
+
+
+def _last_stages(plan: Plan) -> dict[Base, int]:
+    """The last stage that makes or reads each value; narrow results are read once more, at the end."""
+    found: dict[Base, int] = {}
+    for k, stage in enumerate(plan.stages):
+        found |= {step.result: k for step in stage.steps}
+        found |= {v.base: k for step in stage.steps for v in step.operands if v.base.kind == "value"}
+    results = {base for base, _, _ in plan.outputs}
+    return {base: k for base, k in found.items() if base not in results}
 
 
 def _cat_axis(step: Step) -> int:

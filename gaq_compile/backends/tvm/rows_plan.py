@@ -1,8 +1,8 @@
 """The order in which a fused group of row operators is computed: views resolved, stages formed.
 
-A stage is one loop. Values held across rows (few elements per row) need no loop at all: their stage is
-a straight line of vector expressions. Values held along rows share a loop if they have one shape;
-sums over the last axis run in the loop of what they add up.
+A stage is one loop, or one linear. Values held across rows (few elements per row) need no loop at all:
+their stage is a straight line of vector expressions. Values held along rows share a loop if they have
+one shape; sums over the last axis run in the loop of what they add up.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,7 +21,12 @@ from ...passes.fuse_rows import VIEWS, FusedRows, reduced_axes
 from ...passes.graph_tools import aten, attribute
 from ...passes.indices import GATHERS, gather_index
 from ...passes.row_shapes import NARROW
-from .rows_values import Base, View, whole
+from ..base import Refused
+from .dense_plan import DenseSchedule, default_schedule
+from .linear import LinearKernel
+from .linear_nodes import LINEARS, lower_linear_node
+from .rows_values import TILE, Base, View, whole
+from .vnni import vector_unit
 
 Shape = tuple[int, ...]
 
@@ -36,7 +42,7 @@ class Step:
     Attributes:
         node: what computes it; for a copy, the node whose view is copied.
         op: "each" (element by element), "sum" (over the last axis of its operand), "product" (with a
-            constant matrix), "cat" or "copy".
+            constant matrix), "linear" (an equivariant one, :mod:`.dense_kernel`), "cat" or "copy".
         operands: views, broadcast to ``shape`` for "each".
         shape: of the loop: the result's, or for sums and narrow products the operand's.
         result: the value.
@@ -72,12 +78,14 @@ class Plan:
         arguments: per argument: its base kind's buffer (name, row size or table's width, dtype, kind).
         constants: buffers that are the same at every call, by name.
         outputs: per result: its value's base, and its row shape and dtype.
+        linears: their packed weights and the text's plan, by their results.
     """
 
     stages: list[Stage]
     arguments: list[Argument]
     constants: dict[str, Tensor]
     outputs: list[tuple[Base, Shape, torch.dtype]]
+    linears: dict[Base, LinearKernel] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,18 +106,23 @@ class Argument:
     single: bool = False  # a tensor without axes, which the kernel takes as one of one element
 
 
-def make_plan(fused: FusedRows) -> Plan:
+def make_plan(fused: FusedRows, target: str) -> Plan:
     """Resolve a group into stages.
+
+    Args:
+        fused: the group.
+        target: a TVM target in JSON, which decides how weights are packed.
 
     Raises:
         UnsupportedRowsError: for what no kernel is generated for.
     """
-    return _Planner(fused).plan()
+    return _Planner(fused, target).plan()
 
 
 class _Planner:
-    def __init__(self, fused: FusedRows) -> None:
-        self.fused, self.shapes = fused, fused.shapes
+    def __init__(self, fused: FusedRows, target: str) -> None:
+        self.fused, self.shapes, self.target = fused, fused.shapes, target
+        self.linears: dict[Base, LinearKernel] = {}
         self.views: dict[Node, View] = {}
         self.parts: dict[Node, list[View]] = {}
         self.steps: list[Step] = []
@@ -121,12 +134,13 @@ class _Planner:
         self._arguments([n for n in nodes if n.op == "placeholder"])
         for node in nodes:
             if node.op == "get_attr":
-                self._constant(node)
+                if not all(u.target in LINEARS for u in node.users):  # they pack their weights
+                    self._constant(node)
             elif node.op == "call_function":
                 self._call(node)
         (results,) = next(n for n in nodes if n.op == "output").args
         outputs = [self._output(node) for node in results]  # type: ignore[union-attr]
-        return Plan(_stages(self.steps), list(self.arguments.values()), self.constants, outputs)
+        return Plan(_stages(self.steps), list(self.arguments.values()), self.constants, outputs, self.linears)
 
     def _arguments(self, placeholders: list[Node]) -> None:
         """What each argument is: rows, a table to gather from, an index, or fixed."""
@@ -191,6 +205,8 @@ class _Planner:
             self._sum(node)
         elif target is aten.mm.default:
             self._product(node)
+        elif target in LINEARS:
+            self._linear(node)
         else:
             operands = [a for a in node.args if isinstance(a, Node)]
             self._add(node, "each", tuple(self._row_view(a, row).broadcast(row) for a in operands), row, row)
@@ -279,6 +295,17 @@ class _Planner:
         shape = left.shape if left.size >= NARROW else row
         self._add(node, "product", (left, right), shape, row)
 
+    def _linear(self, node: Node) -> None:
+        kernel = lower_linear_node(node, lambda n: attribute(self.fused, n), self.target, _tiles(self.target))
+        if isinstance(kernel, Refused):
+            raise UnsupportedRowsError(f"{node}: {kernel.reason}")
+        view = self.views[node.args[0]]  # type: ignore[index]
+        if not view.contiguous or view.base.kind not in ("rows", "value"):
+            view = whole(self._copied(node, view), view.shape)
+        row = self.shapes[node].row
+        self._add(node, "linear", (view,), row, row)
+        self.linears[self.views[node].base] = kernel
+
     def _output(self, node: object) -> tuple[Base, Shape, torch.dtype]:
         view, shape = self.views[node], self.shapes[node]  # type: ignore[index]
         taken = any(step.result == view.base for step in self.steps)
@@ -288,6 +315,15 @@ class _Planner:
 
 def _gathers(node: Node) -> bool:
     return node.target in GATHERS
+
+
+@lru_cache(maxsize=64)
+def _tiles(target: str) -> DenseSchedule:
+    """A tile is a task. All its rows at once, where registers suffice: weights are decoded only once."""
+    unit = vector_unit(target)
+    return replace(
+        default_schedule(unit), rows=(TILE if unit.registers >= 32 else TILE // 2,), task_rows=TILE
+    )
 
 
 def _stages(steps: list[Step]) -> list[Stage]:
@@ -300,7 +336,7 @@ def _stages(steps: list[Step]) -> list[Stage]:
         current: dict[Base, Step] = {}
         for step in list(waiting):
             alike = _across(step) == stage.across and (stage.across or _loop(step) == stage.shape)
-            alone = step.op == "cat" and not stage.across
+            alone = step.op == "linear" or (step.op == "cat" and not stage.across)
             if alone and (stage.steps or step is not first):
                 continue
             if alike and _ready(step, stage, done, computed, current):
@@ -316,6 +352,8 @@ def _stages(steps: list[Step]) -> list[Stage]:
 
 def _across(step: Step) -> bool:
     """Whether the step is a straight line of expressions across rows."""
+    if step.op == "linear":
+        return False
     if step.op in ("sum", "product") and step.operands[0].size >= NARROW:
         return False
     return step.result.across

@@ -59,6 +59,7 @@ _ARGUMENTS = {aten.softplus.default: 1, aten.rsub.Scalar: 2}  # further ones cha
 LINEARS = (gaq.irreps_linear.default, gaq.int_irreps_linear.default)
 _REDUCTIONS = {aten.sum.dim_IntList, aten.mm.default}
 _MOST = 4096  # elements of a row
+_WIDEST = 512  # of a linear's row: tiles of wider ones leave the nearest cache anyway
 _FLOATS = (torch.float32, torch.bool)
 
 
@@ -163,7 +164,7 @@ def _row_operator(node: Node, shapes: dict[Node, RowShape], form: GraphFormat) -
         known = is_call(split, aten.split_with_sizes.default)
         return _row_operator(split, shapes, form) if known else None  # type: ignore[arg-type]
     if node.target in LINEARS:
-        return shape.rows if _is_fixed(node) and len(shape.row) == 1 else None
+        return shape.rows if _is_fixed(node) and _fits_tile(node, shape, shapes) else None
     known = node.target in _EACH | VIEWS | _REDUCTIONS | {aten.cat.default, aten.split_with_sizes.default}
     return shape.rows if known and _by_rows(node, shape, shapes) else None
 
@@ -175,6 +176,13 @@ def _is_fixed(linear: Node) -> bool:
         if learned_directions(scheme, linear_spec(spec).irreps_in):
             return False
     return all(a.op == "get_attr" for a in linear.all_input_nodes if a is not linear.args[0])
+
+
+def _fits_tile(linear: Node, shape: RowShape, shapes: Mapping[Node, RowShape]) -> bool:
+    """Whether tiles of what goes in and what comes out are small enough to stay near."""
+    given = shapes.get(linear.args[0])  # type: ignore[call-overload]
+    rows = given is not None and len(given.row) == len(shape.row) == 1
+    return rows and max(*given.row, *shape.row) <= _WIDEST
 
 
 def _by_rows(node: Node, shape: RowShape, shapes: dict[Node, RowShape]) -> bool:

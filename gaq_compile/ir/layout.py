@@ -117,9 +117,8 @@ def permutation(irreps: str, to: str) -> tuple[int, ...]:
 
 def view(x: Tensor, block: Block) -> Tensor:
     """A block of a component-major tensor (n, dim) as (n, 2l+1, mul); a view."""
-    rows = x.shape[0]
-    return x.as_strided(
-        (rows, block.components, block.mul),
-        (x.stride(0), block.stride * x.stride(1), x.stride(1)),
-        x.storage_offset() + block.base * x.stride(1),
-    )
+    # not as_strided, which compilers that lay out tensors anew get wrong
+    part = x.narrow(1, block.base, (block.components - 1) * block.stride + block.mul)
+    if block.stride == block.mul:
+        return part.unflatten(1, (block.components, block.mul))
+    return part.unfold(1, block.mul, block.stride)

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
@@ -54,7 +55,7 @@ def main() -> None:
     result = known(options)
     for model in options.models:
         console.print(f"{model}: compiling what is not compiled yet")
-        keep(result, build(result, options, model), options.json)
+        quantize(options, model)
         for case in chosen(options, model):
             measure(result, case, options, console)
     finish(result, options, console)
@@ -119,11 +120,9 @@ def find(result: dict[str, Any], kind: str, case: Case, side: str | None = None)
     return next((r for r in rows if (r["kind"], r["model"], r["case"], r.get("side")) == key), None)
 
 
-def keep(result: dict[str, Any], row: Row | None, path: Path) -> None:
+def keep(result: dict[str, Any], row: Row, path: Path) -> None:
     """Add a row, in place of one that it repeats, and write all to the disk."""
-    if row is None:
-        return
-    key = ("kind", "model", "case", "side")
+    key = ("kind", "model", "case", "side") if row["kind"] != "built" else ("kind", "model", "structures")
     result["rows"] = [r for r in result["rows"] if any(r.get(k) != row.get(k) for k in key)] + [row]
     write(result, path)
 
@@ -153,9 +152,12 @@ def out(result: dict[str, Any], case: Case, side: str) -> str | None:
 
 def memory_row(result: dict[str, Any], case: Case, side: str, options: argparse.Namespace) -> Row:
     """A side's memory, or why there is none."""
-    why = built(result, case.model).get("reason")
-    if side == AOTI and why:
-        return {"kind": "memory", "model": case.model, "case": case.name, "side": side, "reason": why}
+    if side == AOTI:
+        package = build(result, case, options)
+        keep(result, package, options.json)
+        if "reason" in package:
+            row = {"kind": "memory", "model": case.model, "case": case.name, "side": side}
+            return row | {"reason": package["reason"]}
     return tried("memory", case, options, side)
 
 
@@ -181,16 +183,22 @@ def tried(kind: str, case: Case, options: argparse.Namespace, *sides: str) -> Ro
 
 
 def reason_of(error: GaqError) -> str:
-    """Why a process failed, in one line."""
-    text = str(error)
-    if any(word in text for word in ("memory", "MemoryError", "bad_alloc", "status -9", "status -6")):
+    """Why a process failed, in one line: what it said last of an error, or how it ended."""
+    said = error.where.partition("\n")[2]  # after the command
+    killed = any(f"status {code}" in error.what for code in (-9, -6))
+    if killed or any(word in said for word in ("allocate memory", "MemoryError", "bad_alloc")):
         return "does not fit into memory"
-    last = [line.strip() for line in text.splitlines() if "Error" in line]
+    last = [line.strip() for line in said.splitlines() if re.match(r"\s*[\w.]+(Error|Exception)\b", line)]
     return (last[-1] if last else error.what)[:200]
 
 
 def child(
-    kind: str, options: argparse.Namespace, model: str, sides: Sequence[str], case: str | None = None
+    kind: str,
+    options: argparse.Namespace,
+    model: str,
+    sides: Sequence[str],
+    case: str | None = None,
+    structures: int = 1,
 ) -> tuple[int, dict[str, Any]]:
     """Peak bytes and the answer of a fresh process.
 
@@ -200,7 +208,7 @@ def child(
     script = Path(__file__).with_name("speed_children.py")
     argv = [sys.executable, str(script), kind, "--model", model, "--sides", *sides, "--modes", *options.modes]
     argv += ["--runs", str(options.runs), "--seconds", str(options.seconds), "--work", str(options.work)]
-    argv += ["--case", case] if case else []
+    argv += ["--case", case] if case else ["--structures", str(structures)]
     argv += ["--memory", str(options.memory)] if options.memory else []
     env = environment(Settings(preload=find_allocator(), threads=options.threads))
     # torch's compiler keeps what it has made, so that the next process need not make it again
@@ -212,25 +220,28 @@ def child(
     return done.peak_bytes, json.loads(lines[-1].removeprefix(MARK))
 
 
-def built(result: dict[str, Any], model: str) -> Row:
-    """What is known of a model's AOTInductor package."""
-    return next((r for r in result["rows"] if (r["kind"], r["model"]) == ("built", model)), {})
-
-
-def build(result: dict[str, Any], options: argparse.Namespace, model: str) -> Row | None:
-    """Compile the potentials and the AOTInductor package that ``--work`` does not hold."""
+def quantize(options: argparse.Namespace, model: str) -> None:
+    """Compile the potentials that ``--work`` does not hold; AOTInductor is given the ``fp32`` graph."""
     options.work.mkdir(parents=True, exist_ok=True)
-    schemes = [s for s in options.sides if s in PRESETS]
-    schemes += ["fp32"] if AOTI in options.sides and "fp32" not in schemes else []
-    for scheme in schemes:
+    wanted = [s for s in options.sides if s in PRESETS] + (["fp32"] if AOTI in options.sides else [])
+    for scheme in dict.fromkeys(wanted):
         if not gaq_file(options.work, model, scheme).exists():
             child("quantize", options, model, [scheme])
-    made = aoti_file(options.work, model).exists() and form_file(options.work, model).exists()
-    if AOTI not in options.sides or made or built(result, model).get("reason"):
-        return None
-    row: Row = {"kind": "built", "model": model}
+
+
+def build(result: dict[str, Any], case: Case, options: argparse.Namespace) -> Row:
+    """The AOTInductor package for batches as large as a case's, as a row: how long it took, or why there is
+    none. One that ``--work`` holds is not made again."""
+    count = len(case.structures())
+    row: Row = {"kind": "built", "model": case.model, "structures": count}
+    known = next((r for r in result["rows"] if all(r.get(k) == v for k, v in row.items())), row)
+    made = (
+        aoti_file(options.work, case.model, count).exists() and form_file(options.work, case.model).exists()
+    )
+    if made or "reason" in known:
+        return known
     try:
-        return row | child("aoti", options, model, [AOTI])[1]
+        return row | child("aoti", options, case.model, [AOTI], structures=count)[1]
     except VerificationError as error:
         return row | {"reason": reason_of(error)}
 

@@ -13,7 +13,6 @@ is checked: a compiler whose forces are not the original's is out of the race, w
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 import warnings
@@ -84,13 +83,13 @@ def gaq_file(work: Path, model: str, scheme: str) -> Path:
     return work / f"{model}-{scheme}.gaq"
 
 
-def aoti_file(work: Path, model: str) -> Path:
-    """A forces graph that AOTInductor has compiled."""
-    return work / f"{model}.pt2"
+def aoti_file(work: Path, model: str, graphs: int) -> Path:
+    """A forces graph that AOTInductor has compiled for batches of so many structures."""
+    return work / f"{model}-{graphs}.pt2"
 
 
 def form_file(work: Path, model: str) -> Path:
-    """What that graph takes."""
+    """What such a graph takes."""
     return work / f"{model}.form.json"
 
 
@@ -206,9 +205,11 @@ def plain_graph(folded: GraphModule) -> GraphModule:
 def build_aoti(model: str, examples: Sequence[Atoms], work: Path) -> str | None:
     """Compile a model's forces graph for any numbers of atoms and edges.
 
+    The number of structures is fixed: what is exported for two or more gives wrong indices for one.
+
     Args:
         model: whose ``fp32`` potential lies in ``work``.
-        examples: a batch of two structures to export with.
+        examples: a batch to export with, of as many structures as are to be evaluated at once.
         work: where the result goes.
 
     Returns:
@@ -219,12 +220,15 @@ def build_aoti(model: str, examples: Sequence[Atoms], work: Path) -> str | None:
     tensors = collate(examples, potential.form)
     inputs = tuple(tensors[name] for name in potential.form.inputs)
     # the edges of a structure change from step to step, so a graph of fixed sizes would be of no use
-    shapes = tuple({0: Dim.AUTO} for _ in inputs)
+    fixed = ("ptr", "charge", "spin")
+    shapes = tuple(None if name in fixed else {0: Dim.AUTO} for name in potential.form.inputs)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, inputs, dynamic_shapes=(shapes,), strict=False)
-            torch._inductor.aoti_compile_and_package(program, package_path=str(aoti_file(work, model)))
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(aoti_file(work, model, len(examples)))
+            )
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
         return first_line(error)
     # beside it, so that using it takes nothing of ours into memory
@@ -237,14 +241,14 @@ class _Callable(nn.Module):
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__()
-        self.graph = copy.deepcopy(graph)
+        self.forces = graph
 
     def forward(self, *tensors: Tensor) -> Any:
-        return self.graph(*tensors)
+        return self.forces(*tensors)
 
 
 def _aoti(model: str, structures: Sequence[Atoms], work: Path) -> Side:
-    package = torch._inductor.aoti_load_package(str(aoti_file(work, model)))
+    package = torch._inductor.aoti_load_package(str(aoti_file(work, model, len(structures))))
     form = GraphFormat.from_dict(json.loads(form_file(work, model).read_text()))
     tensors = collate(structures, form)
     inputs = tuple(tensors[name] for name in form.inputs)

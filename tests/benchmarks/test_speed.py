@@ -130,7 +130,6 @@ def _options(path, **changes) -> argparse.Namespace:
 def test_a_run_continues_and_rows_replace_what_they_repeat(result, tmp_path):
     path = tmp_path / "speed.json"
     speed.keep(result, memory_of("ethanol", 10, "eager", 12.0), path)
-    speed.keep(result, None, path)
     kept = json.loads(path.read_text())["rows"]
     assert len(kept) == 5 and kept[-1]["growth_bytes"] == 12 * 2**20
     again = speed.known(_options(path))
@@ -151,7 +150,7 @@ def test_fresh_forgets_what_is_asked_for_only(result, tmp_path):
 def test_one_sides_failure_is_its_reason_and_leaves_the_others(result, tmp_path, monkeypatch):
     asked = []
 
-    def child(kind, options, model, sides, case=None):
+    def child(kind, options, model, sides, case=None, structures=1):
         asked.append((kind, tuple(sides)))
         if kind == "memory" and sides == ("eager",):
             raise VerificationError("the command failed with exit status -9")
@@ -203,9 +202,38 @@ def test_molecules_in_a_box_do_not_touch():
 
 
 def test_reasons_are_one_line():
-    error = VerificationError("the measured command failed", where="x\nValueError: no such thing\n")
-    assert speed.reason_of(error) == "ValueError: no such thing"
+    said = "python child.py memory\nTraceback\nValueError: no such thing\nException raised from a.cpp\n"
+    failed = VerificationError("the measured command failed with exit status 1", where=said)
+    assert speed.reason_of(failed) == "ValueError: no such thing"
+    full = VerificationError("it failed with exit status 1", where="x\nRuntimeError: can't allocate memory")
+    assert speed.reason_of(full) == "does not fit into memory"
+    assert (
+        speed.reason_of(VerificationError("no end after 9 s", where="child.py memory")) == "no end after 9 s"
+    )
     assert speed_sides.first_line(RuntimeError("\n first \n second")) == "RuntimeError: first"
+
+
+def test_a_package_is_built_for_a_batchs_size_once(result, tmp_path, monkeypatch):
+    built = []
+
+    def child(kind, options, model, sides, case=None, structures=1):
+        built.append((kind, structures))
+        if structures > 1:
+            raise VerificationError("failed", where="x\nRuntimeError: no code for this")
+        speed.aoti_file(tmp_path, model, structures).touch()
+        speed.form_file(tmp_path, model).touch()
+        return 1, {"seconds": 3.0}
+
+    monkeypatch.setattr(speed, "child", child)
+    options = _options(tmp_path / "speed.json", work=tmp_path)
+    batch = next(c for c in CASES if c.name.startswith("batch"))
+    for case, answer in ((CASE, {"seconds": 3.0}), (batch, {"reason": "RuntimeError: no code for this"})):
+        for _ in range(2):
+            row = speed.build(result, case, options)
+            assert answer.items() <= row.items() and row["kind"] == "built"
+            speed.keep(result, row, options.json)
+    assert built == [("aoti", 1), ("aoti", 64)]
+    assert sum(r["kind"] == "built" for r in result["rows"]) == 2
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ from speed_page import fill_page, plots, tables
 from speed_sides import AOTI, COMPILE, EAGER, aoti_file, form_file, gaq_file
 
 SIDES = (EAGER, COMPILE, AOTI, "fp32", "w8", "w8a8", "w4a8", "exact-w8a8")
+FULL = ("allocate memory", "MemoryError", "bad_alloc", "failed to map")  # what a process says without memory
 MODES = ("default", "max-autotune-no-cudagraphs")
 
 Row = dict[str, Any]
@@ -186,7 +187,7 @@ def reason_of(error: GaqError) -> str:
     """Why a process failed, in one line: what it said last of an error, or how it ended."""
     said = error.where.partition("\n")[2]  # after the command
     killed = any(f"status {code}" in error.what for code in (-9, -6))
-    if killed or any(word in said for word in ("allocate memory", "MemoryError", "bad_alloc")):
+    if killed or any(words in said for words in FULL):
         return "does not fit into memory"
     last = [line.strip() for line in said.splitlines() if re.match(r"\s*[\w.]+(Error|Exception)\b", line)]
     return (last[-1] if last else error.what)[:200]

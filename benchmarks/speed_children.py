@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import statistics
+import sys
 import time
 import warnings
 from collections import Counter
@@ -48,7 +49,11 @@ def main() -> None:
     options = arguments()
     warnings.simplefilter("ignore")  # the model packages' own
     limit_memory(options.memory)
-    print(MARK + json.dumps(CHILDREN[options.child](options)), flush=True)
+    try:
+        answer = CHILDREN[options.child](options)
+    except Exception as error:  # noqa: BLE001 - whatever it is, its first line is the reason
+        sys.exit(first_line(error))
+    print(MARK + json.dumps(answer), flush=True)
 
 
 def arguments() -> argparse.Namespace:

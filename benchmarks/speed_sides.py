@@ -179,12 +179,23 @@ def _checked(run: Forces, truth: Tensor, calls: int = 5) -> tuple[float, float]:
 _MEANING: dict[Any, Callable[..., Any]] = {
     getattr(gaq, name).default: getattr(reference, name)
     for name in (
-        "conv", "conv_backward", "gate", "gate_backward", "irreps_linear", "relayout", "sort_edges",
-        "spherical_harmonics", "spherical_harmonics_backward", "tensor_product", "tensor_product_backward",
+        "conv", "conv_backward", "gate", "gate_backward", "irreps_linear", "relayout", "spherical_harmonics",
+        "spherical_harmonics_backward", "tensor_product", "tensor_product_backward",
     )
 }
 # fmt: on
 _UNLABELLED = (gaq.relayout.default, gaq.sort_edges.default)
+
+
+def _ends(senders: Tensor, receivers: Tensor, num_nodes: int) -> list[Tensor]:
+    """What convolutions in torch need of ``sort_edges``: they read the first two only.
+
+    The rest would be in the way: ``bincount`` fixes the number of atoms where it is exported.
+    """
+    return [senders, receivers, *[receivers] * 2, *[senders] * 2]
+
+
+_MEANING[gaq.sort_edges.default] = _ends
 
 
 def plain_graph(folded: GraphModule) -> GraphModule:
@@ -205,7 +216,8 @@ def plain_graph(folded: GraphModule) -> GraphModule:
 def build_aoti(model: str, examples: Sequence[Atoms], work: Path) -> str | None:
     """Compile a model's forces graph for any numbers of atoms and edges.
 
-    The number of structures is fixed: what is exported for two or more gives wrong indices for one.
+    The number of structures is fixed: ``torch.export`` takes no size for a variable
+    one that may be 1.
 
     Args:
         model: whose ``fp32`` potential lies in ``work``.
@@ -221,10 +233,13 @@ def build_aoti(model: str, examples: Sequence[Atoms], work: Path) -> str | None:
     inputs = tuple(tensors[name] for name in potential.form.inputs)
     # the edges of a structure change from step to step, so a graph of fixed sizes would be of no use
     fixed = ("ptr", "charge", "spin")
-    shapes = tuple(None if name in fixed else {0: Dim.AUTO} for name in potential.form.inputs)
+    shapes = tuple(None if name in fixed else {0: Dim.DYNAMIC} for name in potential.form.inputs)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        # choosing an order of contraction compares sizes, which fixes them
+        unordered = torch.backends.opt_einsum.flags(enabled=False)
+        with warnings.catch_warnings(), torch.no_grad(), unordered:
             warnings.simplefilter("ignore")
+            module(*inputs)  # constants are made at the first call, and not to be made while tracing
             program = torch.export.export(module, inputs, dynamic_shapes=(shapes,), strict=False)
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(aoti_file(work, model, len(examples)))

@@ -3,7 +3,8 @@
     python benchmarks/speed.py --json benchmarks/results/speed.json --page docs/performance.md
 
 Sides: the original model (``eager``), ``torch.compile`` of it (``compile``), AOTInductor on our own
-graph of energy and forces (``aoti``; ``speed_sides.py`` says why), and schemes of this package.
+graph of energy and forces, compiled for each case (``aoti``; ``speed_sides.py`` says why), and schemes of
+this package.
 
 * time: all sides of a case in one fresh process, round by round, in an order that alternates, on inputs
   that are prepared; medians and quartiles, ratios within a round;
@@ -104,8 +105,6 @@ def known(options: argparse.Namespace) -> dict[str, Any]:
 
 def asked_for(row: Row, options: argparse.Namespace) -> bool:
     """Whether a row is of what this run measures."""
-    if row["kind"] == "built":
-        return row["model"] in options.models
     side = row.get("side")
     return row["model"] in options.models and row["case"] in options.cases and side in (None, *options.sides)
 
@@ -117,13 +116,12 @@ def chosen(options: argparse.Namespace, model: str) -> list[Case]:
 def find(result: dict[str, Any], kind: str, case: Case, side: str | None = None) -> Row | None:
     """A row that is there already."""
     key = (kind, case.model, case.name, side)
-    rows = (r for r in result["rows"] if r["kind"] != "built")
-    return next((r for r in rows if (r["kind"], r["model"], r["case"], r.get("side")) == key), None)
+    return next((r for r in result["rows"] if (r["kind"], r["model"], r["case"], r.get("side")) == key), None)
 
 
 def keep(result: dict[str, Any], row: Row, path: Path) -> None:
     """Add a row, in place of one that it repeats, and write all to the disk."""
-    key = ("kind", "model", "case", "side") if row["kind"] != "built" else ("kind", "model", "structures")
+    key = ("kind", "model", "case", "side")
     result["rows"] = [r for r in result["rows"] if any(r.get(k) != row.get(k) for k in key)] + [row]
     write(result, path)
 
@@ -194,12 +192,7 @@ def reason_of(error: GaqError) -> str:
 
 
 def child(
-    kind: str,
-    options: argparse.Namespace,
-    model: str,
-    sides: Sequence[str],
-    case: str | None = None,
-    structures: int = 1,
+    kind: str, options: argparse.Namespace, model: str, sides: Sequence[str], case: str | None = None
 ) -> tuple[int, dict[str, Any]]:
     """Peak bytes and the answer of a fresh process.
 
@@ -209,7 +202,7 @@ def child(
     script = Path(__file__).with_name("speed_children.py")
     argv = [sys.executable, str(script), kind, "--model", model, "--sides", *sides, "--modes", *options.modes]
     argv += ["--runs", str(options.runs), "--seconds", str(options.seconds), "--work", str(options.work)]
-    argv += ["--case", case] if case else ["--structures", str(structures)]
+    argv += ["--case", case] if case else []
     argv += ["--memory", str(options.memory)] if options.memory else []
     env = environment(Settings(preload=find_allocator(), threads=options.threads))
     # torch's compiler keeps what it has made, so that the next process need not make it again
@@ -231,18 +224,15 @@ def quantize(options: argparse.Namespace, model: str) -> None:
 
 
 def build(result: dict[str, Any], case: Case, options: argparse.Namespace) -> Row:
-    """The AOTInductor package for batches as large as a case's, as a row: how long it took, or why there is
-    none. One that ``--work`` holds is not made again."""
-    count = len(case.structures())
-    row: Row = {"kind": "built", "model": case.model, "structures": count}
-    known = next((r for r in result["rows"] if all(r.get(k) == v for k, v in row.items())), row)
-    made = (
-        aoti_file(options.work, case.model, count).exists() and form_file(options.work, case.model).exists()
-    )
-    if made or "reason" in known:
+    """A case's AOTInductor package, as a row: how long it took, or why there is none. One that ``--work``
+    holds is not made again."""
+    known = find(result, "built", case, AOTI)
+    file, form = aoti_file(options.work, case.model, case.name), form_file(options.work, case.model)
+    if known is not None and ("reason" in known or (file.exists() and form.exists())):
         return known
+    row: Row = {"kind": "built", "model": case.model, "case": case.name, "side": AOTI}
     try:
-        return row | child("aoti", options, case.model, [AOTI], structures=count)[1]
+        return row | child("aoti", options, case.model, [AOTI], case.name)[1]
     except VerificationError as error:
         return row | {"reason": reason_of(error)}
 

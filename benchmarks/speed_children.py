@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
 import json
 import statistics
 import sys
@@ -66,7 +65,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=400.0)
     parser.add_argument("--memory", type=float)
-    parser.add_argument("--structures", type=int, default=1, help="at once, of what is built")
     parser.add_argument("--work", type=Path, required=True)
     return parser.parse_args()
 
@@ -110,9 +108,9 @@ def quantize_child(options: argparse.Namespace) -> Row:
 
 
 def aoti_child(options: argparse.Namespace) -> Row:
-    """An AOTInductor package of a model; its forces are checked on each case, when it is timed."""
-    start, examples = time.perf_counter(), itertools.cycle(calibration(options.model)[::-1])
-    reason = build_aoti(options.model, list(itertools.islice(examples, options.structures)), options.work)
+    """The AOTInductor package of a case; its forces are checked when it is timed."""
+    start, case = time.perf_counter(), the_case(options)
+    reason = build_aoti(case.model, case.name, case.structures(), options.work)
     return {"reason": reason} if reason else {"seconds": time.perf_counter() - start}
 
 
@@ -128,7 +126,7 @@ def memory_child(options: argparse.Namespace) -> Row:
         importlib.import_module("torch._inductor.package")
     structures = case.structures()
     with memory_growth() as memory:
-        run = make_side(side, case.model, structures, options.work, options.modes).run
+        run = make_side(side, case.model, case.name, structures, options.work, options.modes).run
         for _ in range(3):
             run()
     return {
@@ -152,7 +150,7 @@ def time_child(options: argparse.Namespace) -> Row:
     truth = None
     for name in options.sides:
         try:
-            side = make_side(name, case.model, structures, options.work, options.modes)
+            side = make_side(name, case.model, case.name, structures, options.work, options.modes)
             forces = side.run()
         except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
             found[name] = {"reason": first_line(error)}

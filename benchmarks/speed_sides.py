@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from ase import Atoms
 from torch import Tensor, nn
-from torch.export import Dim
 from torch.fx import GraphModule
 
 import gaq_compile
@@ -57,12 +56,15 @@ class Side:
     notes: dict[str, Any]
 
 
-def make_side(name: str, model: str, structures: Sequence[Atoms], work: Path, modes: Sequence[str]) -> Side:
+def make_side(
+    name: str, model: str, case: str, structures: Sequence[Atoms], work: Path, modes: Sequence[str]
+) -> Side:
     """A side for one case.
 
     Args:
         name: ``eager``, ``compile``, ``aoti``, or a scheme.
         model: the pretrained model.
+        case: the case's name.
         structures: evaluated together.
         work: where compiled files lie (:func:`gaq_file`, :func:`aoti_file`).
         modes: of ``torch.compile``, to be tried in order.
@@ -72,7 +74,7 @@ def make_side(name: str, model: str, structures: Sequence[Atoms], work: Path, mo
     if name == COMPILE:
         return _compiled(model, structures, modes)
     if name == AOTI:
-        return _aoti(model, structures, work)
+        return _aoti(aoti_file(work, model, case), form_file(work, model), structures)
     potential = gaq_compile.load(gaq_file(work, model, name))
     tensors = collate(structures, potential.form)
     return Side(lambda: potential.evaluate(tensors)["forces"], {})
@@ -83,9 +85,9 @@ def gaq_file(work: Path, model: str, scheme: str) -> Path:
     return work / f"{model}-{scheme}.gaq"
 
 
-def aoti_file(work: Path, model: str, graphs: int) -> Path:
-    """A forces graph that AOTInductor has compiled for batches of so many structures."""
-    return work / f"{model}-{graphs}.pt2"
+def aoti_file(work: Path, model: str, case: str) -> Path:
+    """A forces graph that AOTInductor has compiled for a case."""
+    return work / f"{model}-{case.replace(' ', '-')}.pt2"
 
 
 def form_file(work: Path, model: str) -> Path:
@@ -190,7 +192,7 @@ _UNLABELLED = (gaq.relayout.default, gaq.sort_edges.default)
 def _ends(senders: Tensor, receivers: Tensor, num_nodes: int) -> list[Tensor]:
     """What convolutions in torch need of ``sort_edges``: they read the first two only.
 
-    The rest would be in the way: ``bincount`` fixes the number of atoms where it is exported.
+    The rest is left out in favour of the one who has to run it.
     """
     return [senders, receivers, *[receivers] * 2, *[senders] * 2]
 
@@ -213,15 +215,17 @@ def plain_graph(folded: GraphModule) -> GraphModule:
     return finished(gm)
 
 
-def build_aoti(model: str, examples: Sequence[Atoms], work: Path) -> str | None:
-    """Compile a model's forces graph for any numbers of atoms and edges.
+def build_aoti(model: str, case: str, structures: Sequence[Atoms], work: Path) -> str | None:
+    """Compile a model's forces graph for a case, with its numbers of atoms and edges fixed.
 
-    The number of structures is fixed: ``torch.export`` takes no size for a variable
-    one that may be 1.
+    Dynamics would change the edges, so this favours AOTInductor. With free numbers ``torch.export`` takes
+    the graph (if ``torch.backends.opt_einsum`` is off, which compares sizes), and its result is right, but
+    the code that is generated from it still has the example's numbers in it, and reads beyond its inputs.
 
     Args:
         model: whose ``fp32`` potential lies in ``work``.
-        examples: a batch to export with, of as many structures as are to be evaluated at once.
+        case: the case's name.
+        structures: what is evaluated at once.
         work: where the result goes.
 
     Returns:
@@ -229,21 +233,14 @@ def build_aoti(model: str, examples: Sequence[Atoms], work: Path) -> str | None:
     """
     potential = gaq_compile.load(gaq_file(work, model, "fp32"))
     module = _Callable(plain_graph(potential.graphs["fold_integers"]))
-    tensors = collate(examples, potential.form)
+    tensors = collate(structures, potential.form)
     inputs = tuple(tensors[name] for name in potential.form.inputs)
-    # the edges of a structure change from step to step, so a graph of fixed sizes would be of no use
-    fixed = ("ptr", "charge", "spin")
-    shapes = tuple(None if name in fixed else {0: Dim.DYNAMIC} for name in potential.form.inputs)
     try:
-        # choosing an order of contraction compares sizes, which fixes them
-        unordered = torch.backends.opt_einsum.flags(enabled=False)
-        with warnings.catch_warnings(), torch.no_grad(), unordered:
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             module(*inputs)  # constants are made at the first call, and not to be made while tracing
-            program = torch.export.export(module, inputs, dynamic_shapes=(shapes,), strict=False)
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(aoti_file(work, model, len(examples)))
-            )
+            program = torch.export.export(module, inputs, strict=False)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(aoti_file(work, model, case)))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
         return first_line(error)
     # beside it, so that using it takes nothing of ours into memory
@@ -262,9 +259,9 @@ class _Callable(nn.Module):
         return self.forces(*tensors)
 
 
-def _aoti(model: str, structures: Sequence[Atoms], work: Path) -> Side:
-    package = torch._inductor.aoti_load_package(str(aoti_file(work, model, len(structures))))
-    form = GraphFormat.from_dict(json.loads(form_file(work, model).read_text()))
+def _aoti(file: Path, form_of: Path, structures: Sequence[Atoms]) -> Side:
+    package = torch._inductor.aoti_load_package(str(file))
+    form = GraphFormat.from_dict(json.loads(form_of.read_text()))
     tensors = collate(structures, form)
     inputs = tuple(tensors[name] for name in form.inputs)
     forces = outputs(form).index("forces")

@@ -140,7 +140,9 @@ def test_a_run_continues_and_rows_replace_what_they_repeat(result, tmp_path):
 
 def test_fresh_forgets_what_is_asked_for_only(result, tmp_path):
     path = tmp_path / "speed.json"
-    speed.keep(result, {"kind": "built", "model": "so3lr", "reason": "no"}, path)
+    speed.keep(
+        result, {"kind": "built", "model": "so3lr", "case": "ethanol", "side": "eager", "reason": "no"}, path
+    )
     left = speed.known(_options(path, fresh=True))["rows"]
     assert {(r["kind"], r["case"], r.get("side")) for r in left} == {
         ("time", "box", None), ("memory", "box", "eager"), ("kernels", "ethanol", "w8a8"),
@@ -150,7 +152,7 @@ def test_fresh_forgets_what_is_asked_for_only(result, tmp_path):
 def test_one_sides_failure_is_its_reason_and_leaves_the_others(result, tmp_path, monkeypatch):
     asked = []
 
-    def child(kind, options, model, sides, case=None, structures=1):
+    def child(kind, options, model, sides, case=None):
         asked.append((kind, tuple(sides)))
         if kind == "memory" and sides == ("eager",):
             raise VerificationError("the command failed with exit status -9")
@@ -213,14 +215,14 @@ def test_reasons_are_one_line():
     assert speed_sides.first_line(RuntimeError("\n first \n second")) == "RuntimeError: first"
 
 
-def test_a_package_is_built_for_a_batchs_size_once(result, tmp_path, monkeypatch):
+def test_a_package_is_built_for_each_case_once(result, tmp_path, monkeypatch):
     built = []
 
-    def child(kind, options, model, sides, case=None, structures=1):
-        built.append((kind, structures))
-        if structures > 1:
+    def child(kind, options, model, sides, case=None):
+        built.append((kind, case))
+        if case != CASE.name:
             raise VerificationError("failed", where="x\nRuntimeError: no code for this")
-        speed.aoti_file(tmp_path, model, structures).touch()
+        speed.aoti_file(tmp_path, model, case).touch()
         speed.form_file(tmp_path, model).touch()
         return 1, {"seconds": 3.0}
 
@@ -230,10 +232,11 @@ def test_a_package_is_built_for_a_batchs_size_once(result, tmp_path, monkeypatch
     for case, answer in ((CASE, {"seconds": 3.0}), (batch, {"reason": "RuntimeError: no code for this"})):
         for _ in range(2):
             row = speed.build(result, case, options)
-            assert answer.items() <= row.items() and row["kind"] == "built"
+            assert answer.items() <= row.items() and (row["kind"], row["case"]) == ("built", case.name)
             speed.keep(result, row, options.json)
-    assert built == [("aoti", 1), ("aoti", 64)]
-    assert sum(r["kind"] == "built" for r in result["rows"]) == 2
+    assert built == [("aoti", CASE.name), ("aoti", batch.name)]
+    speed.aoti_file(tmp_path, CASE.model, CASE.name).unlink()  # another --work
+    assert speed.build(result, CASE, options)["seconds"] == 3.0 and len(built) == 3
 
 
 @pytest.mark.slow

@@ -117,8 +117,11 @@ def permutation(irreps: str, to: str) -> tuple[int, ...]:
 
 def view(x: Tensor, block: Block) -> Tensor:
     """A block of a component-major tensor (n, dim) as (n, 2l+1, mul); a view."""
-    # not as_strided, which compilers that lay out tensors anew get wrong
-    part = x.narrow(1, block.base, (block.components - 1) * block.stride + block.mul)
-    if block.stride == block.mul:
-        return part.unflatten(1, (block.components, block.mul))
-    return part.unfold(1, block.mul, block.stride)
+    # Slices and splits only: compilers that lay out tensors anew get as_strided and unfold wrong. The window
+    # holds every component's whole stride, and the block from column ``ahead`` of it on.
+    size = block.components * block.stride
+    start = min(block.base, x.shape[1] - size)
+    ahead = block.base - start
+    return x.narrow(1, start, size).unflatten(1, (block.components, block.stride))[
+        ..., ahead : ahead + block.mul
+    ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +57,10 @@ class SevenNetOriginal:
             self._calculator = SevenNetCalculator(
                 copy.deepcopy(model), file_type="model_instance", device="cpu"
             )
+
+    def change(self, wrap: Callable[[nn.Module], Any]) -> None:
+        """Run what ``wrap`` makes of the model, e.g. ``torch.compile``, in its place."""
+        self._calculator.model = wrap(self._calculator.model)
 
     def prepare(self, atoms: Atoms) -> Any:
         """SevenNet's graph of a structure."""

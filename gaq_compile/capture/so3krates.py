@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,11 +86,30 @@ class So3kratesOriginal:
             if getattr(model, "dispersion_energy_cutoff_lr_damping", None) is None:
                 self._model.dispersion_energy_cutoff_lr_damping = DISPERSION_DAMPING  # type: ignore[assignment]
 
+    def change(self, wrap: Callable[[nn.Module], Any]) -> None:
+        """Run what ``wrap`` makes of the model, e.g. ``torch.compile``, in its place."""
+        self._model = wrap(self._model)
+
     def prepare(self, atoms: Atoms) -> Any:
         """The package's batch of one structure."""
+        return self.prepare_batch([atoms])
+
+    def prepare_batch(self, structures: Sequence[Atoms]) -> Any:
+        """The package's batch of structures, all of them periodic or none."""
+        from so3krates_torch.tools import torch_geometric
+
+        loader = torch_geometric.dataloader.DataLoader(
+            dataset=[self._data(atoms) for atoms in structures],
+            batch_size=len(structures),
+            shuffle=False,
+            drop_last=False,
+        )
+        return next(iter(loader)), bool(structures[0].pbc.all())
+
+    def _data(self, atoms: Atoms) -> Any:
         from so3krates_torch.data.atomic_data import AtomicData
         from so3krates_torch.data.utils import KeySpecification, config_from_atoms
-        from so3krates_torch.tools import torch_geometric, utils
+        from so3krates_torch.tools import utils
 
         plain = atoms.copy()
         plain.info["charge"] = float(atoms.info.get("charge", 0.0))
@@ -98,16 +118,12 @@ class So3kratesOriginal:
             info_keys={"total_charge": "charge", "total_spin": "total_spin"}, arrays_keys={}
         )
         table = utils.AtomicNumberTable(list(range(1, int(self._model.num_elements) + 1)))  # type: ignore[arg-type]
-        data = AtomicData.from_config(
+        return AtomicData.from_config(
             config_from_atoms(plain, key_specification=keys),
             z_table=table,
             cutoff=float(self._model.r_max),  # type: ignore[arg-type]
             cutoff_lr=self._cutoff_lr,
         )
-        loader = torch_geometric.dataloader.DataLoader(
-            dataset=[data], batch_size=1, shuffle=False, drop_last=False
-        )
-        return next(iter(loader)), bool(atoms.pbc.all())
 
     def run(self, prepared: Any) -> Any:
         """Energy and forces (and stress of a periodic cell) of a prepared batch; what is timed."""

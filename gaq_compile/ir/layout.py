@@ -117,9 +117,11 @@ def permutation(irreps: str, to: str) -> tuple[int, ...]:
 
 def view(x: Tensor, block: Block) -> Tensor:
     """A block of a component-major tensor (n, dim) as (n, 2l+1, mul); a view."""
-    rows = x.shape[0]
-    return x.as_strided(
-        (rows, block.components, block.mul),
-        (x.stride(0), block.stride * x.stride(1), x.stride(1)),
-        x.storage_offset() + block.base * x.stride(1),
-    )
+    # Slices and splits only: compilers that lay out tensors anew get as_strided and unfold wrong. The window
+    # holds every component's whole stride, and the block from column ``ahead`` of it on.
+    size = block.components * block.stride
+    start = min(block.base, x.shape[1] - size)
+    ahead = block.base - start
+    return x.narrow(1, start, size).unflatten(1, (block.components, block.stride))[
+        ..., ahead : ahead + block.mul
+    ]

@@ -40,7 +40,6 @@ _JEMALLOC_CONF = "dirty_decay_ms:-1,muzzy_decay_ms:-1"  # never give pages back
 _MARK = "gaq-bench "
 _ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 _MODEL_PACKAGES = ("sevenn", "so3krates_torch")
-# what the original imports while it loads and runs, so that it counts as an import and not as growth
 _SEVENNET_MODULES = ("sevenn.calculator", "sevenn.atom_graph_data", "sevenn.train.dataload")
 _SO3LR_MODULES = (
     "so3krates_torch.modules.models",
@@ -130,7 +129,8 @@ def memory_figures(model: str, file: Path, structures: Path, settings: Settings)
     }
 
 
-def _environment(settings: Settings) -> dict[str, str]:
+def environment(settings: Settings) -> dict[str, str]:
+    """A child's environment variables: the allocator, and the threads of both sides."""
     found = dict(os.environ)
     if settings.preload:
         found["LD_PRELOAD"] = " ".join(filter(None, (settings.preload, found.get("LD_PRELOAD"))))
@@ -145,7 +145,7 @@ def _environment(settings: Settings) -> dict[str, str]:
 def _child(arguments: Sequence[str], settings: Settings) -> tuple[int, dict[str, Any]]:
     """Peak bytes and the answer of one child."""
     argv = [sys.executable, "-m", "gaq_compile.tools.bench", *arguments]
-    done = measured_run(argv, env=_environment(settings), timeout=settings.timeout)
+    done = measured_run(argv, env=environment(settings), timeout=settings.timeout)
     lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if not lines:
         raise VerificationError("the measured process gave no answer", where=" ".join(arguments))
@@ -179,7 +179,7 @@ def _time(options: argparse.Namespace) -> dict[str, Any]:
         "runs": timing["runs"],
         "warmup": options.warmup,
         "threads": torch.get_num_threads(),
-        "allocator": _allocator(),
+        "allocator": allocator_in_use(),
     }
 
 
@@ -189,9 +189,14 @@ def _eager(options: argparse.Namespace) -> dict[str, Any]:
 
     import gaq_compile.capture  # noqa: F401 - an import, not growth
 
-    for name in _SO3LR_MODULES if options.model == "so3lr" else _SEVENNET_MODULES:
-        importlib.import_module(name)
+    import_original(options.model)
     return _grown(lambda: _eager_side(options.model, _first(options.structures)), options.calls)
+
+
+def import_original(model: str) -> None:
+    """Import what the original imports while it loads and runs, so that it counts as an import."""
+    for name in _SO3LR_MODULES if model == "so3lr" else _SEVENNET_MODULES:
+        importlib.import_module(name)
 
 
 def _compiled(options: argparse.Namespace) -> dict[str, Any]:
@@ -216,7 +221,7 @@ def _grown(prepare: Callable[[], Callable[[], Any]], calls: int) -> dict[str, An
         "growth_bytes": memory.growth_bytes,
         "baseline_bytes": memory.baseline_bytes,
         "method": memory.method,
-        "allocator": _allocator(),
+        "allocator": allocator_in_use(),
     }
 
 
@@ -246,7 +251,7 @@ def _compiled_side(file: str, atoms: Atoms) -> Callable[[], Any]:
     return lambda: potential.evaluate(tensors)
 
 
-def _allocator() -> str:
+def allocator_in_use() -> str:
     """The allocator in use, as far as the loaded libraries tell."""
     try:
         mapped = Path("/proc/self/maps").read_text()

@@ -60,22 +60,8 @@ def alternate(a: Callable[[], object], b: Callable[[], object], runs: int = 20, 
     Raises:
         ConfigError: for fewer than two runs or a negative warm-up.
     """
-    if runs < 2 or warmup < 0:
-        raise ConfigError(
-            f"cannot time {runs} runs after {warmup} warm-up runs", fix="runs >= 2, warmup >= 0"
-        )
-    for _ in range(warmup):
-        a()
-        b()
-    gc.collect()
-    times_a, times_b = [], []
-    for index in range(runs):
-        if index % 2 == 0:
-            times_a.append(_milliseconds(a))
-            times_b.append(_milliseconds(b))
-        else:
-            times_b.append(_milliseconds(b))
-            times_a.append(_milliseconds(a))
+    times = alternate_all({"a": a, "b": b}, runs, warmup)
+    times_a, times_b = times["a"], times["b"]
     ratios = [x / y for x, y in zip(times_a, times_b, strict=True)]
     low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Timing(
@@ -87,6 +73,37 @@ def alternate(a: Callable[[], object], b: Callable[[], object], runs: int = 20, 
         spread=(high - low) / ratio,
         runs=runs,
     )
+
+
+def alternate_all(
+    calls: Mapping[str, Callable[[], object]], runs: int = 20, warmup: int = 5
+) -> dict[str, list[float]]:
+    """Time several callables in rounds: a b c, c b a, a b c, ...
+
+    Args:
+        calls: by name; each must not return before its work is done.
+        runs: timed rounds, two or more.
+        warmup: untimed rounds before.
+
+    Returns:
+        The wall times (ms) of each, round by round.
+
+    Raises:
+        ConfigError: for fewer than two runs or a negative warm-up.
+    """
+    if runs < 2 or warmup < 0:
+        raise ConfigError(
+            f"cannot time {runs} runs after {warmup} warm-up runs", fix="runs >= 2, warmup >= 0"
+        )
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    gc.collect()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(runs):
+        for name in list(calls)[:: 1 if index % 2 == 0 else -1]:
+            times[name].append(_milliseconds(calls[name]))
+    return times
 
 
 def _milliseconds(call: Callable[[], object]) -> float:

@@ -13,6 +13,7 @@ import math
 import operator
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,10 +21,13 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ..backends.tvm.build import host_target
 from ..backends.tvm.conv_terms import PathTerms, conv_problem
+from ..backends.tvm.dense_plan import DensePlan, make_plan
 from ..backends.tvm.linear import LinearKernel
+from ..backends.tvm.linear_nodes import linear_problem
 from ..errors import VerificationError
-from ..passes.fuse_rows import VIEWS, FusedRows, fused_rows
+from ..passes.fuse_rows import LINEARS, VIEWS, FusedRows, fused_rows
 from ..passes.graph_tools import aten, attribute, copied
 from ..passes.indices import GATHERS
 from ..passes.lower import KernelCall
@@ -280,7 +284,7 @@ def _elementwise(arguments: Sequence[Any], results: Sequence[Tensor], constants:
 
 
 def _linear_counter(run: LinearKernel, constants: int) -> Count:
-    each = linear_operations(run)
+    each = linear_operations(run.plan)
 
     def count(arguments: Sequence[Any], results: Sequence[Tensor]) -> Work:
         rows = arguments[0].shape[0]
@@ -290,11 +294,11 @@ def _linear_counter(run: LinearKernel, constants: int) -> Count:
     return count
 
 
-def linear_operations(run: LinearKernel) -> dict[str, int]:
+def linear_operations(plan: DensePlan) -> dict[str, int]:
     """Per row of a linear, by the arithmetic of its products."""
     found: dict[str, int] = {}
-    for p in run.plan.products:
-        kind = run.plan.operands[p.operand].kind
+    for p in plan.products:
+        kind = plan.operands[p.operand].kind
         found[kind] = found.get(kind, 0) + 2 * p.depth * p.block.mul * p.block.components
     return found
 
@@ -352,7 +356,8 @@ def _rows_counter(fused: FusedRows) -> Count:
         rows = results[0].shape[0]
         given = {n: a for n, a in zip(inputs, arguments, strict=True) if isinstance(a, Tensor)}
         read = sum(_read(n, t, rows) for n, t in {**given, **buffers}.items())
-        return Work({"f32": float(rows * each)}, read, _bytes(results))
+        operations = {kind: float(rows * one) for kind, one in each.items()}
+        return Work(operations, read, _bytes(results))
 
     return count
 
@@ -366,12 +371,18 @@ def _read(node: Node, tensor: Tensor, rows: int) -> int:
     return min(whole, len(node.users) * rows * (whole // len(tensor)))
 
 
-def rows_operations(fused: FusedRows) -> int:
-    """Per row of a group: one for each element that an operator computes; views and gathers none."""
-    total = 0
+def rows_operations(fused: FusedRows) -> dict[str, int]:
+    """Per row of a group: one for each element that an operator computes; views and gathers none.
+
+    Linears count as on their own, by the arithmetic of their products.
+    """
+    total, linears = 0, Counter[str]()
     for node in fused.graph.nodes:
         shape = fused.shapes.get(node)
         if node.op != "call_function" or node.target in _MOVES or shape is None or shape.rows is None:
+            continue
+        if node.target in LINEARS:
+            linears.update(linear_operations(make_plan(linear_problem(node), host_target())))
             continue
         size = math.prod(shape.row)
         if node.target is aten.mm.default:
@@ -379,4 +390,4 @@ def rows_operations(fused: FusedRows) -> int:
         elif node.target is aten.sum.dim_IntList:
             size = math.prod(fused.shapes[node.args[0]].row)  # type: ignore[index]
         total += size
-    return total
+    return dict(Counter({"f32": total}) + linears)

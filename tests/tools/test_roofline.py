@@ -43,7 +43,7 @@ def test_a_linear_multiplies_every_weight_with_every_component():
     spec = linear_spec("8x0e+4x1e -> 16x0e+2x1e")
     weight = torch.randn(spec.weight_numel)
     run = lower_linear(LinearProblem(str(spec)), weight, None, None, None, host_target())
-    assert linear_operations(run) == {"f32": 2 * (8 * 16 + 3 * 4 * 2)}
+    assert linear_operations(run.plan) == {"f32": 2 * (8 * 16 + 3 * 4 * 2)}
 
 
 def test_integers_are_counted_by_their_width():
@@ -51,7 +51,7 @@ def test_integers_are_counted_by_their_width():
     codes = torch.ones(spec.weight_numel, dtype=torch.int8)
     problem = LinearProblem(str(spec), "s8 m8d8", "s8")
     run = lower_linear(problem, codes, torch.ones(spec.scale_numel), torch.ones(12), None, host_target())
-    assert linear_operations(run) == {"s8": 2 * 8 * 16, "s16": 2 * 3 * 4 * 2}
+    assert linear_operations(run.plan) == {"s8": 2 * 8 * 16, "s16": 2 * 3 * 4 * 2}
 
 
 def _nonzero(spec: str) -> list[tuple[int, set[tuple[int, int]], int]]:

@@ -13,7 +13,7 @@ from ...passes.fuse_rows import FusedRows
 from ..base import Attribute, Lowered, Refused, register_backend
 from .build import host_target, tvm_version
 from .conv import conv_backward, conv_forward
-from .linear import arithmetic
+from .linear import arithmetic, lower_linear
 from .linear_nodes import LEARNED, LINEARS, is_fixed, lower_linear_node
 from .pointwise import (
     lower_gate,
@@ -67,7 +67,7 @@ class TVMBackend:
 
 
 def _linear(node: Node, attribute: Attribute, target: str) -> Lowered | Refused:
-    kernel = lower_linear_node(node, attribute, target)
+    kernel = lower_linear_node(node, attribute, target, lower_linear)
     if isinstance(kernel, Refused):
         return kernel
     return Lowered(kernel, arithmetic(kernel.plan.problem, target), (node.args[0],))

@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 from torch import Tensor
 from torch.fx import Node
 
-from ...ir.specs import learned_directions, linear_spec
+from ...ir.specs import learned_directions
 from ...numerics.packing import unpack_int4
 from ...passes.fuse_rows import LINEARS
+from ...passes.graph_tools import gaq
 from ..base import Attribute, Refused
-from .dense_plan import DenseSchedule, LinearProblem
-from .linear import LinearKernel, lower_linear
+from .dense_plan import LinearProblem
 
 LEARNED = "learned directions are a baseline, and have no generated kernel"
 COMPUTED = "weights are computed at run time, kernels need them fixed"
 
 
-__all__ = ["COMPUTED", "LEARNED", "LINEARS", "is_fixed", "lower_linear_node"]
+Kernel = TypeVar("Kernel")
+
+__all__ = ["COMPUTED", "LEARNED", "LINEARS", "is_fixed", "linear_problem", "lower_linear_node"]
 
 
 def lower_linear_node(
-    node: Node, attribute: Attribute, target: str, schedule: DenseSchedule | None = None
-) -> LinearKernel | Refused:
+    node: Node, attribute: Attribute, place: Any, lower: Callable[..., Kernel]
+) -> Kernel | Refused:
     """The kernel of a linear, float or integer, or why there is none.
 
     Args:
         node: a call of one of :data:`LINEARS`.
         attribute: reads the tensor behind a ``get_attr`` node.
-        target: a TVM target in JSON.
-        schedule: as for :func:`.linear.lower_linear`.
+        place: what the kernel is for, as ``lower`` takes it.
+        lower: :func:`.linear.lower_linear`, or another processor's.
     """
-    if node.target is LINEARS[0]:
-        return _float(node, attribute, target, schedule)
-    return _integer(node, attribute, target, schedule)
+    if not all(is_fixed(part) for part in node.all_input_nodes if part is not node.args[0]):
+        return Refused(COMPUTED)
+    problem = linear_problem(node)
+    if learned_directions(problem.activation, problem.linear.irreps_in):
+        return Refused(LEARNED)
+    if problem.weight == "f32":
+        weight, bias = attribute(node.args[1]), node.args[2]  # type: ignore[arg-type]
+        return lower(problem, weight, None, None, _optional(bias, attribute), place)
+    steps, codes, scale, bias = node.args[1:5]
+    stored = attribute(codes)  # type: ignore[arg-type]
+    plain = unpack_int4(stored, problem.linear.weight_numel) if problem.weight == "s4" else stored
+    floats = attribute(scale).float(), _optional(steps, attribute), _optional(bias, attribute)  # type: ignore[arg-type]
+    return lower(problem, plain, *floats, place)
 
 
 def is_fixed(node: object) -> bool:
@@ -40,30 +55,13 @@ def is_fixed(node: object) -> bool:
     return node is None or (isinstance(node, Node) and node.op == "get_attr")
 
 
-def _float(
-    node: Node, attribute: Attribute, target: str, schedule: DenseSchedule | None
-) -> LinearKernel | Refused:
-    _, weight, bias, spec, transpose, _ = node.args
-    if not (is_fixed(weight) and is_fixed(bias)):
-        return Refused(COMPUTED)
-    problem = LinearProblem(str(spec), "f32", "f32", bool(transpose), bias is not None)
-    given = attribute(weight), None, None, _optional(bias, attribute)  # type: ignore[arg-type]
-    return lower_linear(problem, *given, target, schedule)
-
-
-def _integer(
-    node: Node, attribute: Attribute, target: str, schedule: DenseSchedule | None
-) -> LinearKernel | Refused:
-    _, steps, codes, scale, bias, spec, scheme, bits, transpose, _ = node.args
-    if not all(is_fixed(part) for part in (steps, codes, scale, bias)):
-        return Refused(COMPUTED)
-    if learned_directions(str(scheme), linear_spec(str(spec)).irreps_in):
-        return Refused(LEARNED)
-    problem = LinearProblem(str(spec), str(scheme), f"s{bits}", bool(transpose), bias is not None)
-    stored = attribute(codes)  # type: ignore[arg-type]
-    plain = unpack_int4(stored, linear_spec(str(spec)).weight_numel) if bits == 4 else stored
-    floats = attribute(scale).float(), _optional(steps, attribute), _optional(bias, attribute)  # type: ignore[arg-type]
-    return lower_linear(problem, plain, *floats, target, schedule)
+def linear_problem(node: Node) -> LinearProblem:
+    """What a linear node computes."""
+    if node.target is gaq.irreps_linear.default:
+        _, _, bias, spec, transpose, _ = node.args
+        return LinearProblem(str(spec), "f32", "f32", bool(transpose), bias is not None)
+    _, _, _, _, bias, spec, scheme, bits, transpose, _ = node.args
+    return LinearProblem(str(spec), str(scheme), f"s{bits}", bool(transpose), bias is not None)
 
 
 def _optional(node: object, attribute: Attribute) -> Tensor | None:

@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ...passes.indices import GATHERS, gather_index
 from ...passes.row_shapes import NARROW
 from ..base import Refused
 from .dense_plan import DenseSchedule, default_schedule
-from .linear import LinearKernel
+from .linear import LinearKernel, lower_linear
 from .linear_nodes import LINEARS, lower_linear_node
 from .rows_values import TILE, Base, View, whole
 from .vnni import vector_unit
@@ -296,7 +296,8 @@ class _Planner:
         self._add(node, "product", (left, right), shape, row)
 
     def _linear(self, node: Node) -> None:
-        kernel = lower_linear_node(node, lambda n: attribute(self.fused, n), self.target, _tiles(self.target))
+        lower = partial(lower_linear, schedule=_tiles(self.target))
+        kernel = lower_linear_node(node, lambda n: attribute(self.fused, n), self.target, lower)
         if isinstance(kernel, Refused):
             raise UnsupportedRowsError(f"{node}: {kernel.reason}")
         view = self.views[node.args[0]]  # type: ignore[index]

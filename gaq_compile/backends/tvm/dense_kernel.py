@@ -116,7 +116,7 @@ def _convert(plan: DensePlan, o: Operand) -> list[str]:
         scheme = activation_scheme(plan.problem.activation)
         if scheme.common:
             lines.append(f"ratio = {vector('fine', f'{o.index} + u', lanes)}")
-        lines += _RULES[o.rule](scheme, o, lanes)
+        lines += RULES[o.rule](scheme, o, lanes)
         values = [_stored(plan, o, c, lanes) for c in comps]
     for c, value in zip(comps, values, strict=True):
         lines.append(f"{_tile(plan, o, 'r', f'{c * o.width} + u', lanes)} = {value}")
@@ -243,7 +243,7 @@ def _mddq(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
     ]
 
 
-_RULES = {"component": _component, "mddq": _mddq, "exact": _exact}
+RULES = {"component": _component, "mddq": _mddq, "exact": _exact}
 
 
 # Register tiles --------------------------------------------------------------------------------

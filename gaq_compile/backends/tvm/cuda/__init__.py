@@ -1,1 +1,1 @@
-"""Generated kernels for NVIDIA GPUs: the problems of :mod:`gaq_compile.backends.tvm`, one thread at a time."""
+"""Generated kernels for NVIDIA GPUs: the problems of the CPU kernels, from a thread's point of view."""

@@ -459,8 +459,8 @@ def _float_sums(plan: DensePlan, layout: _Layout, job: Job, p: Product, height: 
     def some(first: str, channels: int, tag: str) -> list[str]:
         inside: list[str] = []
         for i in range(0, channels, per_byte):
-            at = f"weight[{p.weight} + (j * {stored} + {first} // {per_byte} + {i // per_byte}) * {WARP} + lane]"
-            inside.append(f"{tag}@_{i} = {at}")
+            at = f"{p.weight} + (j * {stored} + {first} // {per_byte} + {i // per_byte}) * {WARP} + lane"
+            inside.append(f"{tag}@_{i} = weight[{at}]")
             for half in range(min(per_byte, channels - i)):
                 inside.append(f"{tag}@_{i + half}f = {_as_float(plan, f'{tag}@_{i}', half)}")
         sums = [f"sum@[r] = sum@[r] + xf[{place} + {first} + {i}] * {tag}@_{i}f" for i in range(channels)]

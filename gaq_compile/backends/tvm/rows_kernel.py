@@ -24,7 +24,7 @@ from .rows_operators import emit_operator
 from .rows_plan import Argument, Plan, Stage, Step, UnsupportedRowsError, make_plan
 from .rows_values import TILE, Base, View, contiguous_strides, places
 
-_DTYPES = {torch.float32: "float32", torch.bool: "int8", torch.int64: "int64", torch.int32: "int32"}
+DTYPES = {torch.float32: "float32", torch.bool: "int8", torch.int64: "int64", torch.int32: "int32"}
 
 
 def lower_rows(fused: FusedRows, target: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -58,7 +58,7 @@ def lower_rows(fused: FusedRows, target: str) -> Callable[..., tuple[Tensor, ...
         tensors = [arguments[k] for k in used]
         n = tensors[lead].shape[0]
         if n > limit:  # a kernel's indices are 32-bit
-            return _in_stretches(run, arguments, [used[p] for p in by_row], n, limit)
+            return in_stretches(run, arguments, [used[p] for p in by_row], n, limit)
         found = [torch.empty((n, *row), dtype=dtype) for row, dtype in results]
         for p in single:
             tensors[p] = tensors[p].view(1)
@@ -71,7 +71,7 @@ def lower_rows(fused: FusedRows, target: str) -> Callable[..., tuple[Tensor, ...
     return run
 
 
-def _in_stretches(
+def in_stretches(
     run: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Any], by_row: list[int], rows: int, limit: int
 ) -> tuple[Tensor, ...]:
     """The results of a call with more rows than a kernel can count, joined."""
@@ -99,7 +99,7 @@ class _Writer:
         self.out = {base: f"o{k}" for k, (base, _, _) in enumerate(plan.outputs)}
         self.dtypes = {a.name: a.dtype for a in plan.arguments}
         self.dtypes |= {f"o{k}": dtype for k, (_, _, dtype) in enumerate(plan.outputs)}
-        self.kept = _kept(plan)
+        self.kept = kept_values(plan)
         self.slots: dict[object, int] = {}
         self.scratch = 0
         self.work = 0
@@ -134,7 +134,7 @@ class _Writer:
             else:
                 row = a.row
             sizes = [*first, *(str(size) for size in row)]
-            dtype = _DTYPES[a.dtype]
+            dtype = DTYPES[a.dtype]
             buffers.append((a.name, ", ".join(sizes), dtype))
             if a.kind != "index":
                 total = " * ".join(sizes) or "1"
@@ -232,7 +232,7 @@ class _Writer:
     def _components(self, step: Step, element: Callable[[View, Sequence[int]], str], e: Emitter) -> list[str]:
         """The result's elements, as names."""
         if step.op == "cat":
-            return [element(view, place) for view in step.operands for place in _cat_places(step, view)]
+            return [element(view, place) for view in step.operands for place in cat_places(step, view)]
         if step.op == "sum":
             (view,) = step.operands
             found = []
@@ -388,7 +388,7 @@ class _Writer:
     def _concatenated(self, step: Step) -> list[str]:
         """Copies of the parts, one after another."""
         lines: list[str] = []
-        axis = _cat_axis(step)
+        axis = cat_axis(step)
         for k, view in enumerate(step.operands):
             start = sum(v.shape[axis] for v in step.operands[:k])
             strides = contiguous_strides(step.shape)
@@ -439,7 +439,7 @@ def _vector(slot: int, lanes: int) -> str:
     return f"scratch[{slot}]" if lanes == 1 else f"scratch[T.ramp({slot}, 1, {lanes})]"
 
 
-def _kept(plan: Plan) -> set[Base]:
+def kept_values(plan: Plan) -> set[Base]:
     """Values that a later stage reads."""
     found: set[Base] = set()
     for stage in plan.stages:
@@ -448,13 +448,19 @@ def _kept(plan: Plan) -> set[Base]:
     return {base for base in found if base.kind == "value"}
 
 
-def _cat_axis(step: Step) -> int:
+def cat_axis(step: Step) -> int:
+    """The axis of a row along which parts are joined."""
     axis = int((*step.node.args, 0)[1])  # type: ignore[arg-type]
     return axis % (len(step.shape) + 1) - 1
 
 
-def _cat_places(step: Step, view: View) -> list[tuple[int, ...]]:
-    if _cat_axis(step) != 0 and len(step.shape) > 1:
+def cat_places(step: Step, view: View) -> list[tuple[int, ...]]:
+    """The places of a narrow part in the order of the joined row.
+
+    Raises:
+        UnsupportedRowsError: where parts do not lie one after another.
+    """
+    if cat_axis(step) != 0 and len(step.shape) > 1:
         raise UnsupportedRowsError(f"{step.node}: narrow parts joined along an inner axis")
     return places(view.shape)
 

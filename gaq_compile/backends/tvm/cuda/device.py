@@ -98,3 +98,11 @@ def blocks(items: int, per_block: int) -> int:
 def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A new tensor beside another."""
     return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def on_device(constants: dict[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+    """The constants beside a tensor; moved once, in place, so that later calls find them there."""
+    for name, value in constants.items():
+        if value.device != like.device:
+            constants[name] = value.to(like.device)
+    return constants

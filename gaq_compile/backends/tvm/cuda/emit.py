@@ -8,12 +8,17 @@ from ..emit import kernel_text, loop
 from ..row_kernel import Emitter
 
 WARP = 32  # threads that run in step
+THREADS = 256  # of a block that has nothing in common
 SYNC = 'T.evaluate(T.tvm_storage_sync("shared"))'
 _ALL = "T.uint32(0xFFFFFFFF)"  # every lane takes part in a shuffle
 
 
 class ThreadEmitter(Emitter):
     """Collects statements on the numbers of one thread.
+
+    Every value is a mutable scalar, which TVM leaves where it is: a ``let`` it would put into what uses it,
+    which grows without bound along a chain, and the pass that takes common parts out again is off
+    (:mod:`.source`). To nvcc both are registers.
 
     CUDA's ``min`` and ``max`` return the number where the other operand is NaN; bounds are
     therefore chosen by comparing, which keeps NaN.
@@ -22,12 +27,20 @@ class ThreadEmitter(Emitter):
     def __init__(self, prefix: str = "v") -> None:
         super().__init__(1, prefix)
 
+    def let(self, expression: str) -> str:
+        """Name an expression; returns the name."""
+        name = f"{self.prefix}{len(self.lines)}"
+        self.lines.append(f"{name} = {expression}")
+        return name
+
     def at_least(self, bound: str, x: str) -> str:
         """The larger of both; NaN where x is."""
+        x = self.let(x)
         return f"T.Select({x} < {bound}, {bound}, {x})"
 
     def at_most(self, bound: str, x: str) -> str:
         """The smaller of both; NaN where x is."""
+        x = self.let(x)
         return f"T.Select({x} > {bound}, {bound}, {x})"
 
 
@@ -98,3 +111,29 @@ def chosen(variable: str, cases: Sequence[Sequence[str]]) -> list[str]:
     for k, case in enumerate(cases):
         lines += branch(f"{variable} == {k}", case)
     return lines
+
+
+def by_rows(buffers: Sequence[tuple[str, str, str]], body: Sequence[str]) -> str:
+    """A kernel with one thread for each of ``n`` rows, ``i``."""
+    lines = [f"i: T.let = bx * {THREADS} + tx", *branch("i < n", body)]
+    return grid_text(buffers, lines, blocks=f"(n + {THREADS - 1}) // {THREADS}", threads=THREADS)
+
+
+def by_channels(buffers: Sequence[tuple[str, str, str]], ranges: Sequence[tuple[int, Sequence[str]]]) -> str:
+    """A kernel with one thread for each channel of each of ``n`` rows.
+
+    Args:
+        buffers: as :func:`grid_text` takes them.
+        ranges: how many channels, and what is done for channel ``t`` of them in row ``i``.
+    """
+    total = sum(count for count, _ in ranges)
+    lines = [f"i: T.let = item // {total}", f"unit: T.let = item % {total}"]
+    start = 0
+    for count, body in ranges:
+        own = [f"t: T.let = unit - {start}", *body]
+        own = branch(f"unit < {start + count}", own) if start + count < total else own
+        lines += branch(f"unit >= {start}", own) if start else own
+        start += count
+    lines = [f"item: T.let = bx * {THREADS} + tx", *branch(f"item < n * {total}", lines)]
+    blocks = f"(n * {total} + {THREADS - 1}) // {THREADS}"
+    return grid_text(buffers, lines, blocks=blocks, threads=THREADS)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ....errors import LoweringError
 from ..dense_plan import DensePlan, LinearProblem, make_plan
 from ..linear import Given, check, packed
-from .device import Gpu, Kernel, blocks, empty
+from .device import Gpu, Kernel, blocks, empty, on_device
 from .linear_kernel import jobs, linear_text, rows_per_block
 
 
@@ -47,14 +47,6 @@ class LinearKernel:
         twice = "words" if "weight" in self.constants else ""
         held = (t for name, t in self.constants.items() if name != twice)
         return sum(t.numel() * t.element_size() for t in held)
-
-
-def on_device(constants: dict[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-    """The constants beside a tensor; moved once, in place, so that later calls find them there."""
-    for name, value in constants.items():
-        if value.device != like.device:
-            constants[name] = value.to(like.device)
-    return constants
 
 
 def lower_linear(

@@ -41,7 +41,8 @@ static __device__ __forceinline__ T bits_as(S value) {
 }
 
 """
-_FLAGS = ("-w", "-Xptxas", "-v")
+# Unless it is told that it may take all registers, ptxas stops at 48 in some kernels, and spills.
+_FLAGS = ("-w", "-maxrregcount=255", "-Xptxas", "-v")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@
 #define __global__ static
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ __attribute__((section("emulated_shared"))) static
 
 struct Index {

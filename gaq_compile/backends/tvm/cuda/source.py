@@ -26,7 +26,9 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 """What every kernel is compiled for in tests; others that nvcc knows work too."""
 
 ENTRY = "main_kernel"  # what TVM calls the device part of "main"
-_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)\) ' + ENTRY + r"\(([^)]*)\) \{")
+_SIGNATURE = re.compile(
+    r'extern "C" __global__ void __launch_bounds__\((\d+)[^)]*\) ' + ENTRY + r"\(([^)]*)\) \{"
+)
 _PREAMBLE = """\
 #define uint unsigned int
 #define uchar unsigned char
@@ -41,8 +43,8 @@ static __device__ __forceinline__ T bits_as(S value) {
 }
 
 """
-# Unless it is told that it may take all registers, ptxas stops at 48 in some kernels, and spills.
-_FLAGS = ("-w", "-maxrregcount=255", "-Xptxas", "-v")
+_FLAGS = ("-w", "-Xptxas", "-v")
+_THREADS_AT_ONCE = 512  # of a multiprocessor, at least: 128 registers for each
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,22 @@ def device_function(text: str, arch: str) -> DeviceFunction:
         # Common subexpressions would be moved to the host, and become parameters without a known name.
         with import_tvm().transform.PassContext(config={"tirx.disable_cse_tir": True}):
             executable = build_executable(text, cuda_target(arch))
-        _write(path, _plain(executable.mod.imports[0].inspect_source()).encode())
-    return parsed(path.read_text())
+        _write(path, executable.mod.imports[0].inspect_source().encode())
+    return parsed(_plain(path.read_text()))
 
 
 def _plain(source: str) -> str:
     """The generated function without TVM's preamble, which needs half of CUDA's headers.
 
-    TVM reads the bits of a value through its address, which only variables have.
+    TVM reads the bits of a value through its address, which only variables have. It also leaves open
+    how many blocks should run at once: ptxas then stops at 48 registers in some kernels, and spills.
     """
-    body = source[source.index('extern "C"') :]
+
+    def bounds(found: re.Match[str]) -> str:
+        threads = int(found.group(1))
+        return f"__launch_bounds__({threads}, {max(1, _THREADS_AT_ONCE // threads)})"
+
+    body = re.sub(r"__launch_bounds__\((\d+)[^)]*\)", bounds, source[source.index('extern "C"') :])
     return _PREAMBLE + re.sub(r"\(\*\((float|int) \*\)\(&\(", r"(bits_as<\1>((", body)
 
 

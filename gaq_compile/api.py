@@ -172,9 +172,10 @@ def load(
     grouped = group_rows(content.graph, content.form)
     backends = _backends(backend, target)
     lowered, placements = lower(grouped, backends, strict)
-    report = replace(content.report, placements=placements)
-    graphs = {"fold_integers": content.graph, "group_rows": grouped, "lower": lowered}
     on_gpu = is_cuda(backends[0].target)
+    report = replace(content.report, placements=placements)
+    report = replace(report, target=backends[0].target) if on_gpu else report
+    graphs = {"fold_integers": content.graph, "group_rows": grouped, "lower": lowered}
     return Potential(graphs, content.form, content.config, report, content.calibrated, on_gpu)
 
 

@@ -19,6 +19,8 @@ import gaq_compile.backends.reference
 import gaq_compile.backends.tvm  # noqa: F401 - backends register themselves when imported
 
 from .backends.base import Backend, make_backend
+from .backends.tvm.cuda.device import is_cuda
+from .backends.tvm.cuda.driver import gpu_architecture, require_gpu
 from .capture.graphs import CalibratedRange, calibrated_range
 from .config import AUTO, DEFAULT_SCHEME, QuantConfig, is_conservative, resolve
 from .errors import AccuracyWarning, ConfigError
@@ -69,7 +71,9 @@ def quantize(
             calibration has not seen, is small enough. "auto" needs it, and is "w4" with that.
         overrides: per-module settings by name pattern, e.g. ``{"*weight_nn*": "w8"}``.
         backend: "tvm" (generated kernels) or "reference" (plain torch).
-        target: a TVM target in JSON; by default this machine's CPU.
+        target: a TVM target in JSON, "cuda" (this machine's GPU) or "cuda:sm_89"; by default this
+            machine's CPU. Without a GPU, kernels for one are compiled and nothing is measured or
+            checked (``measure=False``); calling the result raises a ``DeviceError``.
         strict: raise instead of falling back where a node has no kernel.
         measure: also measure time and memory against the original.
         progress: show progress bars.
@@ -83,6 +87,7 @@ def quantize(
         ConfigError: for an unknown scheme, backend or override, or if no choice of bits keeps
             ``max_force_error``.
         LoweringError: with ``strict``, if a node has no kernel.
+        DeviceError: with ``measure``, for a GPU where there is none.
         VerificationError: if the fusion-only form differs from the original beyond rounding.
     """
     config = resolve(scheme, overrides, max_force_error)
@@ -91,27 +96,36 @@ def quantize(
             f"{AUTO!r} chooses bits for a force error, and none is given", fix="max_force_error=5.0 (meV/Å)"
         )
     backends = _backends(backend, target)
+    runs_here = not is_cuda(backends[0].target) or gpu_architecture() is not None
+    if measure and not runs_here:
+        require_gpu()
     subject, stages = trace(model, example_graph)
     prepared = stages["tag_irreps"]
     config.check_patterns(_names(prepared))
 
     traced = _Trace(prepared, subject, backends, strict, progress)
-    fused = _build(traced, resolve("fp32"))
-    fp32 = checks.check_fp32(subject.sides(fused.potential), subject.tests, subject.name)
-    built = fused if config == resolve("fp32") else _build(traced, config)
+    if runs_here:
+        fused = _build(traced, resolve("fp32"))
+        fp32 = checks.check_fp32(subject.sides(fused.potential), subject.tests, subject.name)
+        built = fused if config == resolve("fp32") else _build(traced, config)
+        figures = _measured(subject, built, fp32, measure)
+    else:
+        built = _build(traced, config)
+        figures = {"memory": weight_bytes(built.graphs["fold_integers"])}
     report = replace(
         _blank_report(subject, built.config, backends[0]),
         placements=built.placements,
         choice=built.choice,
-        **_measured(subject, built, fp32, measure),
+        **figures,
     )
     _warn_if_missed(report, config.max_force_error)
     graphs = {**stages, **built.graphs}
-    return Potential(graphs, subject.form, built.config, report, _calibrated(subject, built.config))
+    calibrated, on_gpu = _calibrated(subject, built.config), is_cuda(report.target)
+    return Potential(graphs, subject.form, built.config, report, calibrated, on_gpu)
 
 
 def _warn_if_missed(report: Report, most: float | None) -> None:
-    found = report.accuracy["force_mae_mev_per_a"]
+    found = report.accuracy.get("force_mae_mev_per_a", 0.0)  # none without a GPU to measure on
     if most is not None and not found <= most:
         warnings.warn(
             f"the force error is {found:.3g} meV/Å on structures that were not used to choose bits, where "
@@ -158,9 +172,11 @@ def load(
     backends = _backends(backend, target)
     grouped = group_rows(content.graph, content.form, backends[0].groups_linears)
     lowered, placements = lower(grouped, backends, strict)
+    on_gpu = is_cuda(backends[0].target)
     report = replace(content.report, placements=placements)
+    report = replace(report, target=backends[0].target) if on_gpu else report
     graphs = {"fold_integers": content.graph, "group_rows": grouped, "lower": lowered}
-    return Potential(graphs, content.form, content.config, report, content.calibrated)
+    return Potential(graphs, content.form, content.config, report, content.calibrated, on_gpu)
 
 
 @dataclass(frozen=True)
@@ -199,7 +215,8 @@ def _build(trace: _Trace, config: QuantConfig) -> _Built:
     lowered, placements = lower(grouped, trace.backends, trace.strict, trace.progress)
     graphs = {**stages, "group_rows": grouped, "lower": lowered}
     blank = _blank_report(subject, config, trace.backends[0])
-    return _Built(config, choice, graphs, placements, Potential(graphs, subject.form, config, blank))
+    potential = Potential(graphs, subject.form, config, blank, on_gpu=is_cuda(blank.target))
+    return _Built(config, choice, graphs, placements, potential)
 
 
 def _chosen(trace: _Trace, config: QuantConfig, observed: Observed) -> tuple[QuantConfig, dict[str, Any]]:

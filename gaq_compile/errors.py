@@ -62,6 +62,10 @@ class MissingPackageError(GaqError, ImportError):
     """An optional package that this call needs is not installed."""
 
 
+class DeviceError(GaqError, RuntimeError):
+    """A GPU that is not there, or a call of its driver that failed."""
+
+
 class GaqWarning(UserWarning):
     """Base of every warning of gaq_compile's own."""
 

@@ -13,6 +13,7 @@ from ase import Atoms
 from torch import Tensor
 from torch.fx import GraphModule
 
+from .backends.tvm.cuda.driver import require_gpu
 from .capture.frames import own_frame
 from .capture.graphs import (
     CalibratedRange,
@@ -46,6 +47,8 @@ class Potential:
         framed: whether structures are evaluated in a frame of their own, so that the same
             structure gives the same bits however it is turned (:mod:`.capture.frames`); on where
             only invariants are rounded.
+        on_gpu: whether the kernels are a GPU's. Weights are uploaded at the first call; inputs and
+            results live on the CPU.
     """
 
     def __init__(
@@ -55,11 +58,13 @@ class Potential:
         config: QuantConfig,
         report: Report,
         calibrated: CalibratedRange | None = None,
+        on_gpu: bool = False,
     ) -> None:
         self.graphs, self.form, self.config, self.report = dict(graphs), form, config, report
         self.calibrated = calibrated
         self.framed = rounds_only_invariants(config)
-        self._run = straight_line(self.graphs["lower"])
+        self.on_gpu = on_gpu
+        self._run = self._first_on_gpu if on_gpu else straight_line(self.graphs["lower"])
 
     def __call__(
         self, structures: Atoms | Sequence[Atoms] | Tensors
@@ -74,6 +79,7 @@ class Potential:
 
         Raises:
             StructureError: for NaN positions, coincident atoms, unknown elements or bad shapes.
+            DeviceError: if the kernels are a GPU's, and there is none.
         """
         if isinstance(structures, Atoms):
             return self.predict([structures])[0]
@@ -128,6 +134,17 @@ class Potential:
         with torch.no_grad(), _one_torch_thread(self.report.backend != "reference"):
             values = self._run(*(tensors[name] for name in self.form.inputs))
         return dict(zip(outputs(self.form), values, strict=True))
+
+    def _first_on_gpu(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The first call: everything that stays the same moves to the GPU, once."""
+        device = require_gpu()
+        run = straight_line(self.graphs["lower"], device)
+
+        def there_and_back(*values: Tensor) -> tuple[Tensor, ...]:
+            return tuple(t.cpu() for t in run(*(value.to(device) for value in values)))
+
+        self._run = there_and_back
+        return there_and_back(*inputs)
 
     def save(self, path: str | Path) -> Path:
         """Write one ``.gaq`` file (see :mod:`gaq_compile.io`); returns its path."""

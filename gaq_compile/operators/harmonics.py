@@ -43,7 +43,7 @@ def recursion(l: int) -> Tensor:
 def _solid(v: Tensor, lmax: int) -> list[Tensor]:
     levels = [torch.ones_like(v[:, :1])]
     for l in range(1, lmax + 1):
-        levels.append(torch.einsum("nm,ni,mik->nk", levels[-1], v, recursion(l).to(v.dtype)))
+        levels.append(torch.einsum("nm,ni,mik->nk", levels[-1], v, recursion(l).to(v)))
     return levels
 
 
@@ -65,7 +65,7 @@ def spherical_harmonics_backward(
         g = grad[:, start : start + 2 * l + 1] * (scale_factor(l, normalization) * l)
         start += 2 * l + 1
         if l > 0:
-            out = out + torch.einsum("nk,nm,mik->ni", g, levels[l - 1], recursion(l).to(v.dtype))
+            out = out + torch.einsum("nk,nm,mik->ni", g, levels[l - 1], recursion(l).to(v))
     if length is None:
         return out
     return (out - v * (out * v).sum(1, keepdim=True)) / length

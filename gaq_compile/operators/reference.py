@@ -96,6 +96,7 @@ def tensor_product_backward(
     gx, gsh, gw = torch.zeros_like(x), torch.zeros_like(sh), torch.zeros_like(weight)
     for path in s.paths:
         coupling = path.coefficient * _coupling(path.block_x.l, path.block_sh.l, path.block_out.l, x.dtype)
+        coupling = coupling.to(x.device)
         g, xb, mix = view(grad, path.block_out), view(x, path.block_x), _mix(path, sh)
         span = slice(path.offset, path.offset + path.block_x.mul)
         w = weight[:, span]
@@ -122,7 +123,7 @@ def _weight_gradient(g: Tensor, mix: Tensor, x: Tensor) -> Tensor:
 
 def _mix(path, sh: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
     coupling = path.coefficient * _coupling(path.block_x.l, path.block_sh.l, path.block_out.l, sh.dtype)
-    return torch.einsum("ej,ijk->eik", view(sh, path.block_sh)[:, :, 0], coupling)
+    return torch.einsum("ej,ijk->eik", view(sh, path.block_sh)[:, :, 0], coupling.to(sh.device))
 
 
 def sort_edges(senders: Tensor, receivers: Tensor, num_nodes: int) -> list[Tensor]:

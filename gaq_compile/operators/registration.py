@@ -141,7 +141,7 @@ def int_irreps_linear(
         x = act.fake_quantize(x, x_scale, s.irreps_in, activation_scheme(scheme))
         held = None if activation_scheme(scheme).common else x_scale
     weight = weights.dequantize_weight(plain, weight_scale, s, held)
-    return ref.irreps_linear(x, weight, bias, spec, transpose)
+    return ref.irreps_linear(x, weight.to(x.dtype), bias, spec, transpose)
 
 
 @int_irreps_linear.register_fake

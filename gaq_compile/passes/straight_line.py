@@ -7,10 +7,12 @@ and only tensors that may have gaps are asked whether they do.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from .graph_tools import attribute
@@ -19,13 +21,14 @@ from .lower import KernelCall, compact
 _PLAIN = (int, float, bool, str, type(None))
 
 
-def straight_line(graph_module: GraphModule) -> Callable[..., Any]:
+def straight_line(graph_module: GraphModule, device: torch.device | None = None) -> Callable[..., Any]:
     """The function that a lowered graph computes, of its inputs in order.
 
     Args:
         graph_module: from :func:`.lower.lower`. Later changes of it do not show.
+        device: where its constants and new tensors go; None leaves them where they are.
     """
-    writer = _Writer(graph_module)
+    writer = _Writer(graph_module, device)
     text = writer.text()
     namespace: dict[str, Any] = dict(writer.bound)
     exec(compile(text, "<lowered graph>", "exec"), namespace)
@@ -34,8 +37,8 @@ def straight_line(graph_module: GraphModule) -> Callable[..., Any]:
 
 
 class _Writer:
-    def __init__(self, graph_module: GraphModule) -> None:
-        self.gm = graph_module
+    def __init__(self, graph_module: GraphModule, device: torch.device | None = None) -> None:
+        self.gm, self.device = graph_module, device
         self.bound: dict[str, Any] = {"compact": compact}
         self.last = _last_uses(graph_module)
         self.from_kernels: set[Node] = set()
@@ -47,7 +50,8 @@ class _Writer:
         lines = [f"def run({', '.join(inputs)}):"]
         for node in nodes:
             if node.op == "get_attr":
-                self.bound[node.name] = attribute(self.gm, node)
+                value = attribute(self.gm, node)
+                self.bound[node.name] = value if self.device is None else value.to(self.device)
             elif node.op == "output":
                 lines.append(f"    return {self._value(node.args[0])}")
             elif node.op != "placeholder":
@@ -71,6 +75,7 @@ class _Writer:
     def _module(self, node: Node) -> str:
         module = self.gm.get_submodule(str(node.target))
         if not isinstance(module, KernelCall):
+            module = module if self.device is None else copy.deepcopy(module).to(self.device)
             return f"{self._bind(module)}({', '.join(self._value(a) for a in node.args)})"
         self.from_kernels.add(node)
         return f"{self._bind(module.run)}({', '.join(self._compacted(a) for a in node.args)})"
@@ -92,6 +97,8 @@ class _Writer:
         return name
 
     def _value(self, value: Any) -> str:
+        if isinstance(value, torch.device) and self.device is not None:
+            return self._bind(self.device)
         if isinstance(value, Node):
             return value.name
         if isinstance(value, float) and value - value != 0.0:  # infinity and NaN have no literal

@@ -154,7 +154,7 @@ def _convert(plan: DensePlan, frame: Frame, o: Operand) -> list[str]:
         scheme = activation_scheme(plan.problem.activation)
         if scheme.common:
             lines.append(f"ratio: T.let = {vector(f'{p}fine', f'{o.index} + u', lanes)}")
-        lines += _RULES[o.rule](scheme, o, lanes)
+        lines += [f"{name}: T.let = {value}" for name, value in RULES[o.rule](scheme, o, lanes)]
         values = [_stored(plan, o, c, lanes) for c in comps]
     for c, value in zip(comps, values, strict=True):
         lines.append(f"{_tile(plan, frame, o, 'r', f'{c * o.width} + u', lanes)} = {value}")
@@ -243,50 +243,48 @@ def _stored(plan: DensePlan, o: Operand, c: int, lanes: int) -> str:
     return f'T.Cast("{_many(dtype, lanes)}", {integer})'
 
 
-def _component(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
+Named = list[tuple[str, str]]  # names, and what they stand for
+
+
+def _component(scheme: ActivationScheme, o: Operand, lanes: int) -> Named:
     top = scheme.qmax(o.block.l)
     high, low = splat(literal(float(top)), lanes), splat(literal(float(-top)), lanes)
     codes = [f"T.max(T.min(T.nearbyint(v{c} / s), {high}), {low})" for c in range(o.block.components)]
     if scheme.common:
         codes = [f"T.nearbyint({code} * ratio)" for code in codes]
-    return [f"X{c}: T.let = {code}" for c, code in enumerate(codes)]
+    return [(f"X{c}", code) for c, code in enumerate(codes)]
 
 
-def _magnitude(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
+def _magnitude(scheme: ActivationScheme, o: Operand, lanes: int) -> Named:
     squares = " + ".join(f"v{c} * v{c}" for c in range(o.block.components))
     top = splat(literal(float(scheme.qmax(o.block.l))), lanes)
-    return [
-        f"m1: T.let = T.sqrt({squares})",
-        f"q: T.let = T.min(T.nearbyint(m1 / s), {top})",
-    ]
+    return [("m1", f"T.sqrt({squares})"), ("q", f"T.min(T.nearbyint(m1 / s), {top})")]
 
 
-def _exact(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
+def _exact(scheme: ActivationScheme, o: Operand, lanes: int) -> Named:
     zero = splat(literal(0.0), lanes)
-    factor = f"f: T.let = T.Select(q == {zero}, {zero}, {'q * ratio' if scheme.common else 'q'} / m1)"
-    return [
-        *_magnitude(scheme, o, lanes),
-        factor,
-        *(f"X{c}: T.let = v{c} * f" for c in range(o.block.components)),
-    ]
+    factor = f"T.Select(q == {zero}, {zero}, {'q * ratio' if scheme.common else 'q'} / m1)"
+    values = [(f"X{c}", f"v{c} * f") for c in range(o.block.components)]
+    return [*_magnitude(scheme, o, lanes), ("f", factor), *values]
 
 
-def _mddq(scheme: ActivationScheme, o: Operand, lanes: int) -> list[str]:
+def _mddq(scheme: ActivationScheme, o: Operand, lanes: int) -> Named:
     comps = range(o.block.components)
     zero = splat(literal(0.0), lanes)
     levels = splat(literal(float(scheme.direction_levels)), lanes)
     fine = "ratio" if scheme.common else splat(literal(2.0 ** scheme.fraction_bits(o.block.l)), lanes)
     return [
         *_magnitude(scheme, o, lanes),
-        f"g: T.let = T.Select(q == {zero}, {zero}, {levels} / m1)",
-        *(f"d{c}: T.let = T.nearbyint(v{c} * g)" for c in comps),
-        f"h: T.let = T.sqrt({' + '.join(f'd{c} * d{c}' for c in comps)})",
-        f"f: T.let = T.Select(q == {zero}, {zero}, q * {fine} / h)",
-        *(f"X{c}: T.let = T.nearbyint(d{c} * f)" for c in comps),
+        ("g", f"T.Select(q == {zero}, {zero}, {levels} / m1)"),
+        *((f"d{c}", f"T.nearbyint(v{c} * g)") for c in comps),
+        ("h", f"T.sqrt({' + '.join(f'd{c} * d{c}' for c in comps)})"),
+        ("f", f"T.Select(q == {zero}, {zero}, q * {fine} / h)"),
+        *((f"X{c}", f"T.nearbyint(d{c} * f)") for c in comps),
     ]
 
 
-_RULES = {"component": _component, "mddq": _mddq, "exact": _exact}
+RULES = {"component": _component, "mddq": _mddq, "exact": _exact}
+"""An operand's values ``X0``, ``X1``, ... from its components ``v0``, ``v1``, ... and steps ``s``."""
 
 
 # Register tiles --------------------------------------------------------------------------------

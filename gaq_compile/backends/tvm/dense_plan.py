@@ -113,6 +113,8 @@ class DenseSchedule:
 @lru_cache(maxsize=64)
 def default_schedule(unit: VectorUnit) -> DenseSchedule:
     """Register tiles that fill a unit's registers without spilling."""
+    if unit.dot == "dp4a":  # a tile of columns is a warp wide
+        return DenseSchedule(rows=(8,))
     return DenseSchedule() if unit.registers >= 32 else DenseSchedule(rows=(8, 6))
 
 

@@ -85,7 +85,7 @@ def loop(header: str, lines: Iterable[str]) -> list[str]:
 
 
 def local(name: str, size: int, dtype: str = "float32") -> str:
-    """A small thread-private array."""
+    """A small array of a kernel's own, on the stack: on CPUs only scope "global" and less than 1 KB are."""
     return f'{name} = T.alloc_buffer(({size},), "{dtype}", scope="global")'
 
 

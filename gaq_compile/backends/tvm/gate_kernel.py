@@ -7,7 +7,7 @@ Each tile of gate channels is evaluated once for all components of the blocks it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -82,18 +82,8 @@ def gate_source(spec: str) -> str:
     """TVMScript of ``main(x, y)``; arguments and errors as :func:`lower_gate`."""
     s = gate_spec(spec)
     body: list[str] = []
-    for r in _scalar_ranges(s):
-        lanes, e = _emitter(r.count)
-        value, _ = _activate(e, r.activation, e.let(vector("x", at(r.start, lanes), lanes, "i")), False)
-        e.lines.append(f"{vector('y', at(r.start, lanes), lanes, 'i')} = {value}")
-        body += tiled(r.count, lanes, e.lines)
-    for r in _gate_ranges(s):
-        lanes, e = _emitter(r.count)
-        value, _ = _activate(e, r.activation, e.let(vector("x", at(r.start, lanes), lanes, "i")), False)
-        for c in range(r.components):
-            source = vector("x", at(r.base + c * r.stride, lanes), lanes, "i")
-            e.lines.append(f"{vector('y', at(r.out + c * r.stride, lanes), lanes, 'i')} = {source} * {value}")
-        body += tiled(r.count, lanes, e.lines)
+    for count, e in gate_ranges(spec, _emitter):
+        body += tiled(count, e.lanes, e.lines)
     width_in, width_out = dim(s.irreps_in), dim(s.irreps_out)
     return kernel_text(
         [("x", f"n, {width_in}", "float32"), ("y", f"n, {width_out}", "float32")],
@@ -106,14 +96,53 @@ def gate_backward_source(spec: str) -> str:
     """TVMScript of ``main(grad, x, grad_x)``; arguments and errors as :func:`lower_gate`."""
     s = gate_spec(spec)
     body: list[str] = []
+    for count, e in gate_backward_ranges(spec, _emitter):
+        body += tiled(count, e.lanes, e.lines)
+    width_in, width_out = dim(s.irreps_in), dim(s.irreps_out)
+    return kernel_text(
+        [(name, f"n, {width}", "float32") for name, width in (("grad", width_out), ("x", width_in))]
+        + [("gx", f"n, {width_in}", "float32")],
+        row_loop(body, 2 * width_in + width_out),
+    )
+
+
+def gate_ranges(spec: str, emitter: Callable[[int], Emitter]) -> Iterator[tuple[int, Emitter]]:
+    """Runs of channels under one activation: how many, and statements on tile ``t`` of row ``i``.
+
+    Args:
+        spec: a gate's.
+        emitter: of a number of channels, whose lanes are those of a tile.
+    """
+    s = gate_spec(spec)
     for r in _scalar_ranges(s):
-        lanes, e = _emitter(r.count)
+        e = emitter(r.count)
+        lanes = e.lanes
+        value, _ = _activate(e, r.activation, e.let(vector("x", at(r.start, lanes), lanes, "i")), False)
+        e.lines.append(f"{vector('y', at(r.start, lanes), lanes, 'i')} = {value}")
+        yield r.count, e
+    for r in _gate_ranges(s):
+        e = emitter(r.count)
+        lanes = e.lanes
+        value, _ = _activate(e, r.activation, e.let(vector("x", at(r.start, lanes), lanes, "i")), False)
+        for c in range(r.components):
+            source = vector("x", at(r.base + c * r.stride, lanes), lanes, "i")
+            e.lines.append(f"{vector('y', at(r.out + c * r.stride, lanes), lanes, 'i')} = {source} * {value}")
+        yield r.count, e
+
+
+def gate_backward_ranges(spec: str, emitter: Callable[[int], Emitter]) -> Iterator[tuple[int, Emitter]]:
+    """The same for the gradient; arguments as :func:`gate_ranges`."""
+    s = gate_spec(spec)
+    for r in _scalar_ranges(s):
+        e = emitter(r.count)
+        lanes = e.lanes
         _, slope = _activate(e, r.activation, e.let(vector("x", at(r.start, lanes), lanes, "i")), True)
         grad = vector("grad", at(r.start, lanes), lanes, "i")
         e.lines.append(f"{vector('gx', at(r.start, lanes), lanes, 'i')} = {grad} * {slope}")
-        body += tiled(r.count, lanes, e.lines)
+        yield r.count, e
     for r in _gate_ranges(s):
-        lanes, e = _emitter(r.count)
+        e = emitter(r.count)
+        lanes = e.lanes
         value, slope = _activate(e, r.activation, e.let(vector("x", at(r.start, lanes), lanes, "i")), True)
         total = ""
         for c in range(r.components):
@@ -123,18 +152,11 @@ def gate_backward_source(spec: str) -> str:
             total = e.let(f"{total} + {product}" if total else product)
             e.lines.append(f"{vector('gx', place, lanes, 'i')} = {g} * {value}")
         e.lines.append(f"{vector('gx', at(r.start, lanes), lanes, 'i')} = {total} * {slope}")
-        body += tiled(r.count, lanes, e.lines)
-    width_in, width_out = dim(s.irreps_in), dim(s.irreps_out)
-    return kernel_text(
-        [(name, f"n, {width}", "float32") for name, width in (("grad", width_out), ("x", width_in))]
-        + [("gx", f"n, {width_in}", "float32")],
-        row_loop(body, 2 * width_in + width_out),
-    )
+        yield r.count, e
 
 
-def _emitter(count: int) -> tuple[int, Emitter]:
-    lanes = block_lanes(count, LANES)
-    return lanes, Emitter(lanes)
+def _emitter(count: int) -> Emitter:
+    return Emitter(block_lanes(count, LANES))
 
 
 def _scalar_ranges(s: GateSpec) -> list[_Range]:
@@ -198,7 +220,7 @@ def _activate(e: Emitter, activation: str, x: str, gradient: bool) -> tuple[str,
         value = e.tanh(x)
         slope = e.let(f"{one} - {value} * {value}") if gradient else ""
     elif name == "relu":
-        value = e.let(f"T.max({e.number(0.0)}, {x})")
+        value = e.let(e.at_least(e.number(0.0), x))
         slope = e.let(f"T.Select({x} > {e.number(0.0)}, {one}, {e.number(0.0)})") if gradient else ""
     elif name == "identity":
         value, slope = x, one

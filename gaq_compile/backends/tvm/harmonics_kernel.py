@@ -40,7 +40,7 @@ def lower_harmonics(
         LoweringError: if TVM rejects the kernel.
     """
     kernel = compile_kernel(harmonics_source(irreps, normalize, normalization), target)
-    width = sum(2 * l + 1 for l in _degrees(irreps, normalization))
+    width = harmonics_width(irreps, normalization)
 
     def run(vec: Tensor) -> Tensor:
         sh = torch.empty((vec.shape[0], width))
@@ -67,17 +67,10 @@ def lower_harmonics_backward(
 @lru_cache(maxsize=64)
 def harmonics_source(irreps: str, normalize: bool, normalization: str) -> str:
     """TVMScript of ``main(vec, sh)``; arguments and errors as :func:`lower_harmonics`."""
-    degrees = _degrees(irreps, normalization)
-    width = sum(2 * l + 1 for l in degrees)
+    width = harmonics_width(irreps, normalization)
     e = Emitter(LANES)
-    v, _ = _unit(e) if normalize else (_load(e, "tile_v", 3), "")
-    levels = _levels(e, v, max(degrees, default=0))
-    column = 0
-    for l in degrees:
-        factor = e.number(scale_factor(l, normalization))
-        for value in levels[l]:
-            e.lines.append(f"{_lane('tile_out', column)} = {value} * {factor}")
-            column += 1
+    values = harmonics_values(e, _load(e, "tile_v", 3), irreps, normalize, normalization)
+    e.lines += [f"{_lane('tile_out', column)} = {value}" for column, value in enumerate(values)]
     body = [local("tile_v", 3 * LANES), local("tile_out", max(1, width) * LANES)]
     body += [*_transpose_in("tile_v", "vec", 3), *e.lines, *_transpose_out("tile_out", "sh", width)]
     return kernel_text(
@@ -89,12 +82,51 @@ def harmonics_source(irreps: str, normalize: bool, normalization: str) -> str:
 @lru_cache(maxsize=64)
 def harmonics_backward_source(irreps: str, normalize: bool, normalization: str) -> str:
     """TVMScript of ``main(grad, vec, gvec)``; arguments and errors as :func:`lower_harmonics`."""
-    degrees = _degrees(irreps, normalization)
-    width = sum(2 * l + 1 for l in degrees)
+    width = harmonics_width(irreps, normalization)
     e = Emitter(LANES)
-    v, length = _unit(e) if normalize else (_load(e, "tile_v", 3), "")
+
+    def grad(column: int) -> str:
+        return e.let(_lane("tile_g", column))
+
+    out = harmonics_gradient(e, _load(e, "tile_v", 3), grad, irreps, normalize, normalization)
+    e.lines += [f"{_lane('tile_out', i)} = {value}" for i, value in enumerate(out)]
+    body = [local("tile_v", 3 * LANES), local("tile_g", max(1, width) * LANES), local("tile_out", 3 * LANES)]
+    body += [*_transpose_in("tile_v", "vec", 3), *_transpose_in("tile_g", "grad", width)]
+    body += [*e.lines, *_transpose_out("tile_out", "gvec", 3)]
+    return kernel_text(
+        [("grad", f"n, {width}", "float32"), ("vec", "n, 3", "float32"), ("gvec", "n, 3", "float32")],
+        row_loop(body, 6 + 3 * width, step=LANES),
+    )
+
+
+def harmonics_width(irreps: str, normalization: str) -> int:
+    """How many harmonics of a vector there are.
+
+    Raises:
+        IrrepsError: for a multiplicity other than 1 or an unknown normalization.
+    """
+    return sum(2 * l + 1 for l in _degrees(irreps, normalization))
+
+
+def harmonics_values(
+    e: Emitter, vec: list[str], irreps: str, normalize: bool, normalization: str
+) -> list[str]:
+    """Every harmonic of a vector, as expressions."""
+    degrees = _degrees(irreps, normalization)
+    v, _ = _unit(e, vec) if normalize else (vec, "")
+    levels = _levels(e, v, max(degrees, default=0))
+    scaled = ((value, e.number(scale_factor(l, normalization))) for l in degrees for value in levels[l])
+    return [f"{value} * {factor}" for value, factor in scaled]
+
+
+def harmonics_gradient(
+    e: Emitter, vec: list[str], grad: Callable[[int], str], irreps: str, normalize: bool, normalization: str
+) -> list[str]:
+    """The gradient with respect to a vector's three components; ``grad`` gives that of a column."""
+    degrees = _degrees(irreps, normalization)
+    v, length = _unit(e, vec) if normalize else (vec, "")
     levels = _levels(e, v, max(degrees, default=0) - 1)
-    grads = _grads_by_degree(e, degrees)
+    grads = _grads_by_degree(e, degrees, grad)
     out = [e.number(0.0)] * 3
     for l, g in sorted(grads.items()):
         constants = recursion(l) * (l * scale_factor(l, normalization))
@@ -110,14 +142,7 @@ def harmonics_backward_source(irreps: str, normalize: bool, normalization: str) 
     if normalize:
         along = e.let(" + ".join(f"{o} * {x}" for o, x in zip(out, v, strict=True)))
         out = [e.let(f"({o} - {x} * {along}) / {length}") for o, x in zip(out, v, strict=True)]
-    e.lines += [f"{_lane('tile_out', i)} = {value}" for i, value in enumerate(out)]
-    body = [local("tile_v", 3 * LANES), local("tile_g", max(1, width) * LANES), local("tile_out", 3 * LANES)]
-    body += [*_transpose_in("tile_v", "vec", 3), *_transpose_in("tile_g", "grad", width)]
-    body += [*e.lines, *_transpose_out("tile_out", "gvec", 3)]
-    return kernel_text(
-        [("grad", f"n, {width}", "float32"), ("vec", "n, 3", "float32"), ("gvec", "n, 3", "float32")],
-        row_loop(body, 6 + 3 * width, step=LANES),
-    )
+    return out
 
 
 def _degrees(irreps: str, normalization: str) -> list[int]:
@@ -131,12 +156,12 @@ def _degrees(irreps: str, normalization: str) -> list[int]:
     return [b.l for b in found]
 
 
-def _grads_by_degree(e: Emitter, degrees: list[int]) -> dict[int, list[str]]:
+def _grads_by_degree(e: Emitter, degrees: list[int], grad: Callable[[int], str]) -> dict[int, list[str]]:
     """The incoming gradients of each degree l >= 1, summed where a degree occurs twice."""
     found: dict[int, list[str]] = {}
     column = 0
     for l in degrees:
-        here = [e.let(_lane("tile_g", column + k)) for k in range(2 * l + 1)] if l else []
+        here = [grad(column + k) for k in range(2 * l + 1)] if l else []
         column += 2 * l + 1
         if l:
             before = found.get(l)
@@ -168,11 +193,10 @@ def _levels(e: Emitter, v: list[str], lmax: int) -> list[list[str]]:
     return levels
 
 
-def _unit(e: Emitter) -> tuple[list[str], str]:
-    """The unit vectors of a tile and the lengths they were divided by."""
-    v = _load(e, "tile_v", 3)
+def _unit(e: Emitter, v: list[str]) -> tuple[list[str], str]:
+    """The unit vectors and the lengths they were divided by."""
     square = e.let(" + ".join(f"{x} * {x}" for x in v))
-    length = e.let(f"T.max({e.number(_SMALLEST)}, T.sqrt({square}))")
+    length = e.let(e.at_least(e.number(_SMALLEST), f"T.sqrt({square})"))
     return [e.let(f"{x} / {length}") for x in v], length
 
 

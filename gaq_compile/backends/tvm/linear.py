@@ -29,7 +29,17 @@ from .dense_plan import DensePlan, DenseSchedule, LinearProblem, Product, groups
 from .row_kernel import MAX_ELEMENTS
 from .vnni import has_vnni
 
-__all__ = ["DenseSchedule", "LinearKernel", "LinearProblem", "arithmetic", "has_vnni", "lower_linear"]
+__all__ = [
+    "DenseSchedule",
+    "Given",
+    "LinearKernel",
+    "LinearProblem",
+    "arithmetic",
+    "check",
+    "has_vnni",
+    "lower_linear",
+    "packed",
+]
 
 _DTYPES = {"f32": torch.float32, "s16": torch.int16, "s8": torch.int8, "s4": torch.int8}
 
@@ -142,8 +152,8 @@ def lower_linear(
     Raises:
         LoweringError: if a tensor does not fit the problem, or TVM rejects the kernel.
     """
-    _check(problem, weight, weight_scale, x_scale, bias)
-    given = _Given(weight, weight_scale, x_scale, bias)
+    given = Given(weight, weight_scale, x_scale, bias)
+    check(problem, given)
     base = _kernel(make_plan(problem, target, schedule), given, target)
     if schedule is not None:
         return base
@@ -179,7 +189,7 @@ def schedule_from(fields: Mapping[str, Any]) -> DenseSchedule:
 
 
 @dataclass(frozen=True)
-class _Given:
+class Given:
     """The tensors that a linear is lowered with."""
 
     weight: Tensor
@@ -188,13 +198,19 @@ class _Given:
     bias: Tensor | None
 
 
-def _kernel(plan: DensePlan, given: _Given, target: str, other: LinearKernel | None = None) -> LinearKernel:
+def _kernel(plan: DensePlan, given: Given, target: str, other: LinearKernel | None = None) -> LinearKernel:
     """Pack what a plan reads, or share what ``other`` has packed in the same order."""
     if other is not None and other.plan.products == plan.products:
         return LinearKernel(plan, target, other.constants)
+    constants = packed(plan, given)
+    return LinearKernel(plan, target, tuple(constants[k] for k in arguments(plan) if k in constants))
+
+
+def packed(plan: DensePlan, given: Given) -> dict[str, Tensor]:
+    """Every constant of a kernel by name, as the kernel reads it; empty where it has none."""
     steps = torch.zeros(0) if given.x_scale is None else given.x_scale.detach().float().cpu().clone()
     found = sizes(plan)
-    packed = {
+    return {
         "weight": _pack_weights(plan, given.weight),
         "scale": _pack_scales(plan, given.weight_scale, given.x_scale),
         "sums": _column_sums(plan, given.weight),
@@ -202,7 +218,6 @@ def _kernel(plan: DensePlan, given: _Given, target: str, other: LinearKernel | N
         "fine": _pack_fine(plan, steps)[: found["fine"]].clone(),
         "bias": _pack_bias(plan, given.bias),
     }
-    return LinearKernel(plan, target, tuple(packed[name] for name in arguments(plan) if name in packed))
 
 
 def arithmetic(problem: LinearProblem, target: str) -> str:
@@ -217,21 +232,21 @@ def arithmetic(problem: LinearProblem, target: str) -> str:
     return " + ".join(found) or "f32"
 
 
-def _check(
-    problem: LinearProblem,
-    weight: Tensor,
-    weight_scale: Tensor | None,
-    x_scale: Tensor | None,
-    bias: Tensor | None,
-) -> None:
+def check(problem: LinearProblem, given: Given) -> None:
+    """Refuse tensors that do not fit a problem.
+
+    Raises:
+        LoweringError: naming the tensor, what it must be and what it is.
+    """
+    weight, x_scale = given.weight, given.x_scale
     spec, quantized = problem.linear, problem.weight != "f32"
     held = problem.transpose and quantized and x_scale is not None
     scales = channels(spec.irreps_in) if problem.scheme is not None or held else None
     expected = (
         ("weight", weight, spec.weight_numel, _DTYPES[problem.weight]),
-        ("weight_scale", weight_scale, spec.scale_numel if quantized else None, torch.float32),
+        ("weight_scale", given.weight_scale, spec.scale_numel if quantized else None, torch.float32),
         ("x_scale", x_scale, scales, torch.float32),
-        ("bias", bias, sum(b.mul for b in spec.bias_blocks) if problem.bias else None, torch.float32),
+        ("bias", given.bias, sum(b.mul for b in spec.bias_blocks) if problem.bias else None, torch.float32),
     )
     for name, tensor, numel, dtype in expected:
         if numel is None:

@@ -39,7 +39,7 @@ def lower_mddq(irreps: str, scheme: str, scale: Tensor, target: str) -> Callable
         raise LoweringError(
             "activations on a common grid have a kernel only together with integer weights", where=scheme
         )
-    steps = _steps(scale, irreps)
+    steps = channel_steps(scale, irreps)
     kernel = compile_kernel(mddq_source(irreps, scheme), target)
 
     def run(x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def lower_mddq_backward(
 
     Gradients of a common grid are those of the same scheme without it.
     """
-    steps = _steps(scale, irreps)
+    steps = channel_steps(scale, irreps)
     kernel = compile_kernel(mddq_backward_source(irreps, scheme), target)
 
     def run(grad: Tensor, x: Tensor) -> Tensor:
@@ -73,9 +73,9 @@ def mddq_source(irreps: str, scheme: str) -> str:
     """TVMScript of ``main(x, scale, xhat)``; arguments and errors as :func:`lower_mddq`."""
     chosen = activation_scheme(scheme)
     body: list[str] = []
-    for block in _blocks(irreps):
+    for block in mddq_blocks(irreps):
         e = Emitter(block_lanes(block.mul, LANES))
-        body += _tiles(e, block, _quantize(e, block, chosen), "xhat")
+        body += tiled(block.mul, e.lanes, mddq_lines(e, block, chosen))
     return _text(irreps, ("x",), "xhat", body)
 
 
@@ -84,24 +84,44 @@ def mddq_backward_source(irreps: str, scheme: str) -> str:
     """TVMScript of ``main(grad, x, scale, gx)``; arguments and errors as :func:`lower_mddq`."""
     chosen = activation_scheme(scheme)
     body: list[str] = []
-    for block in _blocks(irreps):
+    for block in mddq_blocks(irreps):
         e = Emitter(block_lanes(block.mul, LANES))
-        body += _tiles(e, block, _gradient(e, block, chosen), "gx")
+        body += tiled(block.mul, e.lanes, mddq_backward_lines(e, block, chosen))
     return _text(irreps, ("grad", "x"), "gx", body)
 
 
+def mddq_lines(e: Emitter, block: Block, scheme: ActivationScheme) -> list[str]:
+    """Statements on tile ``t`` of row ``i`` that write a block of ``xhat``."""
+    return _stored(e, block, _quantize(e, block, scheme), "xhat")
+
+
+def mddq_backward_lines(e: Emitter, block: Block, scheme: ActivationScheme) -> list[str]:
+    """Statements on tile ``t`` of row ``i`` that write a block of ``gx``."""
+    return _stored(e, block, _gradient(e, block, scheme), "gx")
+
+
 def _text(irreps: str, inputs: tuple[str, ...], output: str, body: list[str]) -> str:
+    return kernel_text(buffers(irreps, inputs, output), row_loop(body, (1 + len(inputs)) * dim(irreps)))
+
+
+def buffers(irreps: str, inputs: tuple[str, ...], output: str) -> list[tuple[str, str, str]]:
+    """The kernel's parameters: inputs, ``scale`` and the output."""
     width, count = dim(irreps), channels(irreps)
-    buffers = [(name, f"n, {width}", "float32") for name in inputs]
-    buffers += [("scale", str(count), "float32"), (output, f"n, {width}", "float32")]
-    return kernel_text(buffers, row_loop(body, (1 + len(inputs)) * width))
+    found = [(name, f"n, {width}", "float32") for name in inputs]
+    return [*found, ("scale", str(count), "float32"), (output, f"n, {width}", "float32")]
 
 
-def _blocks(irreps: str) -> tuple[Block, ...]:
+def mddq_blocks(irreps: str) -> tuple[Block, ...]:
+    """The blocks that are quantized each by itself."""
     return blocks(simplified(irreps))
 
 
-def _steps(scale: Tensor, irreps: str) -> Tensor:
+def channel_steps(scale: Tensor, irreps: str) -> Tensor:
+    """The steps as a kernel reads them.
+
+    Raises:
+        IrrepsError: if there is not one for every channel.
+    """
     count = channels(irreps)
     if tuple(scale.shape) != (count,):
         raise IrrepsError(f"expected {count} scales, one per channel, got {tuple(scale.shape)}", where=irreps)
@@ -116,9 +136,9 @@ def _load(e: Emitter, buffer: str, block: Block) -> list[str]:
     return [e.let(_element(buffer, block, c, e.lanes)) for c in range(block.components)]
 
 
-def _tiles(e: Emitter, block: Block, results: list[str], output: str) -> list[str]:
+def _stored(e: Emitter, block: Block, results: list[str], output: str) -> list[str]:
     e.lines += [f"{_element(output, block, c, e.lanes)} = {value}" for c, value in enumerate(results)]
-    return tiled(block.mul, e.lanes, e.lines)
+    return e.lines
 
 
 def _by_component(block: Block, scheme: ActivationScheme) -> bool:
@@ -135,8 +155,8 @@ def _norm(e: Emitter, values: list[str]) -> str:
 
 
 def _magnitude(e: Emitter, ratio: str, qmax: int) -> str:
-    """clamp(round(ratio), 0, qmax) of a ratio >= 0; the constant first keeps NaN."""
-    return e.let(f"T.min({e.number(qmax)}, T.nearbyint({ratio}))")
+    """clamp(round(ratio), 0, qmax) of a ratio >= 0; keeps NaN."""
+    return e.let(e.at_most(e.number(qmax), f"T.nearbyint({ratio})"))
 
 
 def _quantize(e: Emitter, block: Block, scheme: ActivationScheme) -> list[str]:
@@ -146,7 +166,8 @@ def _quantize(e: Emitter, block: Block, scheme: ActivationScheme) -> list[str]:
     x = _load(e, "x", block)
     if _by_component(block, scheme):
         low, high = e.number(-qmax), e.number(qmax)
-        return [e.let(f"{s} * T.min({high}, T.max({low}, T.nearbyint({v} / {s})))") for v in x]
+        codes = [e.at_most(high, e.at_least(low, f"T.nearbyint({v} / {s})")) for v in x]
+        return [e.let(f"{s} * {code}") for code in codes]
     m = _norm(e, x)
     q = _magnitude(e, e.let(f"{m} / {s}"), qmax)
     zero = e.number(0.0)

@@ -61,22 +61,44 @@ def lower_product_backward(spec: str, target: str) -> Callable[[Tensor, Tensor, 
 @lru_cache(maxsize=256)
 def product_source(spec: str) -> str:
     """TVMScript of ``main(x, sh, weight, y)``; arguments and errors as :func:`lower_product`."""
+    work = sum(_widths(tensor_product_spec(spec)).values())
+    return kernel_text(product_buffers(spec), row_loop(product_lines(spec, LANES), work))
+
+
+def product_buffers(spec: str) -> list[tuple[str, str, str]]:
+    """The parameters of :func:`product_source`."""
+    widths = _widths(tensor_product_spec(spec))
+    return [(name, f"n, {widths[name]}", "float32") for name in ("x", "sh", "weight", "y")]
+
+
+def product_lines(spec: str, most: int) -> list[str]:
+    """Statements on row ``i``, on at most so many channels at once."""
     problem = conv_problem(spec)
     body, written = _contract(problem), set[tuple[int, int]]()
     for k, terms in enumerate(problem.terms):
-        body += _forward_path(terms, k, written)
-    body += _zero_rest("y", blocks(problem.spec.irreps_out), written)
-    widths = _widths(problem.spec)
-    buffers = [(name, f"n, {widths[name]}", "float32") for name in ("x", "sh", "weight", "y")]
-    return kernel_text(buffers, row_loop(body, sum(widths.values())))
+        body += _forward_path(terms, k, written, most)
+    return body + _zero_rest("y", blocks(problem.spec.irreps_out), written, most)
 
 
 @lru_cache(maxsize=256)
 def product_backward_source(spec: str) -> str:
     """TVMScript of ``main(grad, x, sh, weight, gx, gsh, gw)``; else as :func:`product_source`."""
+    work = 2 * sum(_widths(tensor_product_spec(spec)).values())
+    return kernel_text(product_backward_buffers(spec), row_loop(product_backward_lines(spec, LANES), work))
+
+
+def product_backward_buffers(spec: str) -> list[tuple[str, str, str]]:
+    """The parameters of :func:`product_backward_source`."""
+    widths = _widths(tensor_product_spec(spec))
+    like = {"grad": "y", "x": "x", "sh": "sh", "weight": "weight", "gx": "x", "gsh": "sh", "gw": "weight"}
+    return [(name, f"n, {widths[of]}", "float32") for name, of in like.items()]
+
+
+def product_backward_lines(spec: str, most: int) -> list[str]:
+    """Statements on row ``i``, on at most so many channels at once."""
     problem = conv_problem(spec)
     widths = _widths(problem.spec)
-    widest = max((_lanes(p.path.block_x) for p in problem.terms), default=1)
+    widest = max((_lanes(p.path.block_x, most) for p in problem.terms), default=1)
     places = {column: k * widest for k, column in enumerate(problem.columns)}
     zero = splat(literal(0.0), widest)
     body = _contract(problem)
@@ -85,23 +107,21 @@ def product_backward_source(spec: str) -> str:
         body += [f"{vector('sums', str(place), widest)} = {zero}" for place in places.values()]
     written = set[tuple[int, int]]()
     for k, terms in enumerate(problem.terms):
-        body += _backward_path(terms, k, written, places)
-    body += _zero_rest("gx", blocks(problem.spec.irreps_x), written)
+        body += _backward_path(terms, k, written, places, most)
+    body += _zero_rest("gx", blocks(problem.spec.irreps_x), written, most)
     for column in range(widths["sh"]):
         lanes = range(widest) if column in places else ()
         total = [f"sums[{places[column] + lane}]" for lane in lanes]
         body.append(f"gsh[i, {column}] = {' + '.join(total) or literal(0.0)}")
-    like = {"grad": "y", "x": "x", "sh": "sh", "weight": "weight", "gx": "x", "gsh": "sh", "gw": "weight"}
-    buffers = [(name, f"n, {widths[of]}", "float32") for name, of in like.items()]
-    return kernel_text(buffers, row_loop(body, 2 * sum(widths.values())))
+    return body
 
 
 def _widths(s: TensorProductSpec) -> dict[str, int]:
     return {"x": dim(s.irreps_x), "sh": dim(s.irreps_sh), "weight": s.weight_numel, "y": dim(s.irreps_out)}
 
 
-def _lanes(block: Block) -> int:
-    return block_lanes(block.mul, LANES)
+def _lanes(block: Block, most: int) -> int:
+    return block_lanes(block.mul, most)
 
 
 def _contract(problem: Problem) -> list[str]:
@@ -128,9 +148,9 @@ def _add(e: Emitter, home: str, value: str, fresh: bool) -> None:
     e.lines.append(f"{home} = {value}" if fresh else f"{home} = {home} + {value}")
 
 
-def _forward_path(terms: PathTerms, k: int, written: set[tuple[int, int]]) -> list[str]:
+def _forward_path(terms: PathTerms, k: int, written: set[tuple[int, int]], most: int) -> list[str]:
     """One instruction; ``written`` holds the (block, component) pairs of y that already have a value."""
-    path, lanes = terms.path, _lanes(terms.path.block_x)
+    path, lanes = terms.path, _lanes(terms.path.block_x, most)
     e = Emitter(lanes, f"p{k}_")
     w = e.let(vector("weight", at(path.offset, lanes), lanes, "i"))
     used = {p.m1 for p in terms.pairs}
@@ -144,10 +164,10 @@ def _forward_path(terms: PathTerms, k: int, written: set[tuple[int, int]]) -> li
 
 
 def _backward_path(
-    terms: PathTerms, k: int, written: set[tuple[int, int]], places: dict[int, int]
+    terms: PathTerms, k: int, written: set[tuple[int, int]], places: dict[int, int], most: int
 ) -> list[str]:
     """One instruction's gradients; H[m1] = sum_m3 A[m1, m3] grad[m3] serves both x and w."""
-    path, lanes = terms.path, _lanes(terms.path.block_x)
+    path, lanes = terms.path, _lanes(terms.path.block_x, most)
     e = Emitter(lanes, f"p{k}_")
     w = e.let(vector("weight", at(path.offset, lanes), lanes, "i"))
     x = [e.let(_element("x", path.block_x, m, lanes)) for m in range(path.block_x.components)]
@@ -174,11 +194,11 @@ def _backward_path(
     return tiled(path.block_x.mul, lanes, e.lines)
 
 
-def _zero_rest(buffer: str, found: tuple[Block, ...], written: set[tuple[int, int]]) -> list[str]:
+def _zero_rest(buffer: str, found: tuple[Block, ...], written: set[tuple[int, int]], most: int) -> list[str]:
     """Zero what no instruction has written."""
     lines: list[str] = []
     for block in found:
-        lanes = _lanes(block)
+        lanes = _lanes(block, most)
         for c in range(block.components):
             if (block.base, c) not in written:
                 zero = splat(literal(0.0), lanes)

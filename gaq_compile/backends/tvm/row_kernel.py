@@ -119,6 +119,14 @@ class Emitter:
         """A constant in every lane."""
         return splat(literal(value), self.lanes)
 
+    def at_least(self, bound: str, x: str) -> str:
+        """The larger of both; the bound comes first: TVM's max returns its second operand for NaN."""
+        return f"T.max({bound}, {x})"
+
+    def at_most(self, bound: str, x: str) -> str:
+        """The smaller of both; NaN where x is."""
+        return f"T.min({bound}, {x})"
+
     def polynomial(self, x: str, coefficients: Sequence[float]) -> str:
         """Horner's rule, highest power first."""
         value = self.number(coefficients[0])
@@ -129,8 +137,7 @@ class Emitter:
     def exp(self, x: str) -> str:
         """e^x to 2e-7; 1e-38 far below, infinity from 88.37 on, NaN for NaN."""
         low, high = (self.number(bound) for bound in _EXP_RANGE)
-        # The constant comes first: TVM's min and max return their second operand for NaN.
-        clamped = self.keep(f"T.min({high}, T.max({low}, {x}))")
+        clamped = self.keep(self.at_most(high, self.at_least(low, x)))
         shifted = self.let(f"{clamped} * {self.number(_LOG2E)} + {self.number(_ROUND)}")
         # Read back from the bits: TVM would simplify the float (a + c) - c to a.
         bits = f'T.reinterpret("{self._type("int32")}", {shifted})'
@@ -162,7 +169,7 @@ class Emitter:
         t = t if self.memory is None else self.keep(t)
         z = self.keep(f"{t} / ({t} + {self.number(2.0)})")
         p = self.polynomial(self.keep(f"{z} * {z}"), (*_ATANH, 1.0))
-        return self.let(f"T.max({zero}, {x}) + {self.number(2.0)} * {z} * {p}")
+        return self.let(f"{self.at_least(zero, x)} + {self.number(2.0)} * {z} * {p}")
 
     def log(self, x: str) -> str:
         """Natural logarithm to 1e-7; -infinity of 0, NaN below. Subnormal numbers count as 1.2e-38."""

@@ -27,7 +27,7 @@ from .rows_plan import Argument, Plan, Stage, Step, UnsupportedRowsError, make_p
 from .rows_values import TILE, Base, View, contiguous_strides, places
 
 _PRODUCTS_PER_FLOAT = 64  # multiplications of a linear that take as long as a float read and written
-_DTYPES = {
+DTYPES = {
     torch.int16: "int16",
     torch.int8: "int8",
     torch.uint8: "uint8",
@@ -72,7 +72,7 @@ def lower_rows(
         tensors = [arguments[k] for k in used]
         n = tensors[lead].shape[0]
         if n > limit:  # a kernel's indices are 32-bit
-            return _in_stretches(run, arguments, [used[p] for p in by_row], n, limit)
+            return in_stretches(run, arguments, [used[p] for p in by_row], n, limit)
         found = [torch.empty((n, *row), dtype=dtype) for row, dtype in results]
         for p in single:
             tensors[p] = tensors[p].view(1)
@@ -85,7 +85,7 @@ def lower_rows(
     return run, tuple(plan.linears.values())
 
 
-def _in_stretches(
+def in_stretches(
     run: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Any], by_row: list[int], rows: int, limit: int
 ) -> tuple[Tensor, ...]:
     """The results of a call with more rows than a kernel can count, joined."""
@@ -113,7 +113,7 @@ class _Writer:
         self.out = {base: f"o{k}" for k, (base, _, _) in enumerate(plan.outputs)}
         self.dtypes = {a.name: a.dtype for a in plan.arguments}
         self.dtypes |= {f"o{k}": dtype for k, (_, _, dtype) in enumerate(plan.outputs)}
-        self.kept = _kept(plan)
+        self.kept = kept_values(plan)
         self.last = _last_stages(plan)
         self.slots: dict[object, int] = {}
         self.spare: dict[int, list[int]] = {}  # places whose values nobody reads any more, by size
@@ -156,7 +156,7 @@ class _Writer:
             if a.name in constants:
                 first, row = [], constants[a.name]
             sizes = [*first, *(str(size) for size in row)]
-            dtype = _DTYPES[a.dtype]
+            dtype = DTYPES[a.dtype]
             buffers.append((a.name, ", ".join(sizes), dtype))
             if a.kind not in ("index", "packed"):
                 total = " * ".join(sizes) or "1"
@@ -276,7 +276,7 @@ class _Writer:
     def _components(self, step: Step, element: Callable[[View, Sequence[int]], str], e: Emitter) -> list[str]:
         """The result's elements, as names."""
         if step.op == "cat":
-            return [element(view, place) for view in step.operands for place in _cat_places(step, view)]
+            return [element(view, place) for view in step.operands for place in cat_places(step, view)]
         if step.op == "sum":
             (view,) = step.operands
             found = []
@@ -456,7 +456,7 @@ class _Writer:
     def _concatenated(self, step: Step) -> list[str]:
         """Copies of the parts, one after another."""
         lines: list[str] = []
-        axis = _cat_axis(step)
+        axis = cat_axis(step)
         for k, view in enumerate(step.operands):
             start = sum(v.shape[axis] for v in step.operands[:k])
             strides = contiguous_strides(step.shape)
@@ -507,7 +507,7 @@ def _vector(slot: int, lanes: int) -> str:
     return f"scratch[{slot}]" if lanes == 1 else f"scratch[T.ramp({slot}, 1, {lanes})]"
 
 
-def _kept(plan: Plan) -> set[Base]:
+def kept_values(plan: Plan) -> set[Base]:
     """Values that a later stage reads."""
     found: set[Base] = set()
     for stage in plan.stages:
@@ -526,13 +526,19 @@ def _last_stages(plan: Plan) -> dict[Base, int]:
     return {base: k for base, k in found.items() if base not in results}
 
 
-def _cat_axis(step: Step) -> int:
+def cat_axis(step: Step) -> int:
+    """The axis of a row along which parts are joined."""
     axis = int((*step.node.args, 0)[1])  # type: ignore[arg-type]
     return axis % (len(step.shape) + 1) - 1
 
 
-def _cat_places(step: Step, view: View) -> list[tuple[int, ...]]:
-    if _cat_axis(step) != 0 and len(step.shape) > 1:
+def cat_places(step: Step, view: View) -> list[tuple[int, ...]]:
+    """The places of a narrow part in the order of the joined row.
+
+    Raises:
+        UnsupportedRowsError: where parts do not lie one after another.
+    """
+    if cat_axis(step) != 0 and len(step.shape) > 1:
         raise UnsupportedRowsError(f"{step.node}: narrow parts joined along an inner axis")
     return places(view.shape)
 

@@ -70,9 +70,8 @@ def _silu_backward(e: Emitter, grad: str, x: str) -> str:
 
 
 def _clamped(e: Emitter, x: str, low: Any = None, high: Any = None) -> str:
-    # The bound comes first: TVM's min and max return their second operand for NaN.
-    bounded = x if low is None else e.let(f"T.max({_text(e, low)}, {x})")
-    return bounded if high is None else f"T.min({_text(e, high)}, {bounded})"
+    bounded = x if low is None else e.let(e.at_least(_text(e, low), x))
+    return bounded if high is None else e.at_most(_text(e, high), bounded)
 
 
 def _sign(e: Emitter, x: str) -> str:

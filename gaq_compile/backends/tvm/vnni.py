@@ -1,10 +1,11 @@
-"""What a CPU multiplies integers with: vector lanes and the dot-product instruction of a target.
+"""What a processor multiplies integers with: vector lanes and the dot-product instruction of a target.
 
-Three ways to form ``s32 += a * w``, the best that the target has:
+Four ways to form ``s32 += a * w``, the best that the target has:
 
 ``vnni``   ``vpdpbusd`` (u8 x s8, four products per lane) and ``vpdpwssd`` (s16 x s16, two per lane);
 ``madd``   ``pmaddwd`` (s16 x s16, two products per lane) and an addition;
-``plain``  widening multiplications in s32, any processor.
+``plain``  widening multiplications in s32, any processor;
+``dp4a``   a GPU's s8 x s8, four products per thread; an s16 is taken as its high and its low byte.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class VectorUnit:
     Attributes:
         lanes: 32-bit elements per vector register.
         registers: vector registers.
-        dot: ``"vnni"``, ``"madd"`` or ``"plain"``, the integer dot product (module docstring).
+        dot: ``"vnni"``, ``"madd"``, ``"plain"`` or ``"dp4a"``, the integer dot product (module docstring).
     """
 
     lanes: int
@@ -42,6 +43,8 @@ class VectorUnit:
         """Neighbouring input channels in one 32-bit lane, for operand ``f32``, ``s8`` or ``s16``."""
         if operand == "f32" or self.dot == "plain":
             return 1
+        if self.dot == "dp4a":
+            return 4
         return 4 if self.dot == "vnni" and operand == "s8" else 2
 
     def storage(self, operand: str) -> str:
@@ -53,7 +56,12 @@ class VectorUnit:
         return "uint8" if self.dot == "vnni" else "int8"
 
     def offset(self, operand: str) -> int:
-        """What is added to the integers in the tile buffer: vpdpbusd takes them unsigned."""
+        """What is added to the integers in the tile buffer: vpdpbusd takes them unsigned.
+
+        dp4a takes the low byte of an s16, 0 to 255, signed: 128 less.
+        """
+        if self.dot == "dp4a":
+            return -128 if operand == "s16" else 0
         return 128 if operand == "s8" and self.dot == "vnni" else 0
 
     def accumulate(self, operand: str, acc: str, a: str, w: str) -> str:
@@ -76,6 +84,8 @@ def _intrinsic(name: str) -> str:
 def vector_unit(target: str) -> VectorUnit:
     """The vector unit of a TVM target in JSON (unknown processors are asked of TVM's LLVM)."""
     description = json.loads(target)
+    if description.get("kind") == "cuda":
+        return WARP
     cpu, extra = description.get("mcpu", ""), tuple(description.get("mattr", ()))
     if any(arm in description.get("mtriple", "") for arm in ("aarch64", "arm64")):
         return VectorUnit(4, 32, "plain")
@@ -85,6 +95,9 @@ def vector_unit(target: str) -> VectorUnit:
                 return unit
     return _ask_llvm(target)
 
+
+WARP = VectorUnit(32, 255, "dp4a")
+"""A GPU's warp: one output channel per thread."""
 
 _KNOWN = (
     (_AVX512_VNNI, VectorUnit(16, 32, "vnni")),

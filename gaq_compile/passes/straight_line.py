@@ -2,7 +2,9 @@
 
 A small molecule's step is ruled by what happens between kernels. ``GraphModule`` calls each kernel as a
 module, with its hooks, and looks every operator up by name; here kernels and operators are bound once,
-and only tensors that may have gaps are asked whether they do.
+and only tensors that may have gaps are asked whether they do. What stays with torch is called through
+Python's own functions where they are the same: an overload (``torch.ops.aten.add.Tensor``) checks its
+arguments against its schema at each call, which takes longer than a small addition.
 """
 
 from __future__ import annotations
@@ -15,10 +17,29 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from .graph_tools import attribute
+from ..operators.reference import sort_edges
+from .graph_tools import aten, attribute, gaq, is_call
 from .lower import KernelCall, compact
 
 _PLAIN = (int, float, bool, str, type(None))
+_DIRECT: dict[object, Callable[..., Any]] = {
+    aten.add.Tensor: torch.add,
+    aten.all.default: torch.all,
+    aten.div.Tensor: torch.div,
+    aten.eq.Tensor: torch.eq,
+    aten.floor_divide.default: torch.floor_divide,
+    aten.ge.Scalar: torch.ge,
+    aten.index_add.default: torch.index_add,
+    aten.lt.Scalar: torch.lt,
+    aten.mul.Tensor: torch.mul,
+    aten.pow.Tensor_Tensor: torch.pow,
+    aten.reciprocal.default: torch.reciprocal,
+    aten.scatter_add.default: torch.scatter_add,
+    aten.sub.Tensor: torch.sub,
+    aten.sum.default: torch.sum,
+    aten.unsqueeze.default: torch.unsqueeze,
+    gaq.sort_edges.default: sort_edges,
+}
 
 
 def straight_line(graph_module: GraphModule, device: torch.device | None = None) -> Callable[..., Any]:
@@ -68,7 +89,12 @@ class _Writer:
             return f"{self._value(node.args[0])}[{self._value(node.args[1])}]"
         if node.op == "call_module":
             return self._module(node)
-        name = self._bind(node.target)
+        if is_call(node, aten.sym_size.int):
+            return f"{self._value(node.args[0])}.shape[{self._value(node.args[1])}]"
+        plain = not node.kwargs and len(node.args) == 2
+        if is_call(node, aten.index.Tensor) and plain and len(node.args[1]) == 1:  # type: ignore[arg-type]
+            return f"{self._value(node.args[0])}[{self._value(node.args[1][0])}]"  # type: ignore[index]
+        name = self._bind(_DIRECT.get(node.target, node.target))
         named = [f"{k}={self._value(v)}" for k, v in node.kwargs.items()]
         return f"{name}({', '.join([*(self._value(a) for a in node.args), *named])})"
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from gaq_compile.passes.lower import KernelCall
-from gaq_compile.passes.straight_line import straight_line
+from gaq_compile.passes.straight_line import _DIRECT, straight_line
 
 aten = torch.ops.aten
 
@@ -93,3 +93,49 @@ def test_errors_of_kernels_come_through():
     gm = _graph(lambda g, x: g.call_module("kernel", (x,)), kernel=KernelCall(fail, ""))
     with pytest.raises(ValueError, match="no"):
         straight_line(gm)(torch.ones(1))
+
+
+_SAMPLES = {
+    aten.add.Tensor: (torch.randn(3), torch.randn(3)),
+    aten.all.default: (torch.tensor([True, False]),),
+    aten.div.Tensor: (torch.arange(3), torch.tensor([2.0, 4.0, 8.0])),
+    aten.eq.Tensor: (torch.arange(3), torch.tensor(1)),
+    aten.floor_divide.default: (torch.randn(3), math.inf),
+    aten.ge.Scalar: (torch.arange(3), 1),
+    aten.index.Tensor: (torch.randn(4, 2), [torch.tensor([3, 0, 3])]),
+    aten.index_add.default: (torch.zeros(4), 0, torch.tensor([1, 1]), torch.ones(2)),
+    aten.lt.Scalar: (torch.arange(3), 1),
+    aten.mul.Tensor: (torch.arange(3), torch.arange(3)),
+    aten.pow.Tensor_Tensor: (torch.arange(1, 4), torch.tensor(0.5)),
+    aten.reciprocal.default: (torch.arange(1, 3),),
+    aten.scatter_add.default: (torch.zeros(4), 0, torch.tensor([1, 1]), torch.ones(2)),
+    aten.sub.Tensor: (torch.arange(3), 1),
+    aten.sum.default: (torch.randn(3, dtype=torch.float64),),
+    aten.unsqueeze.default: (torch.randn(3), -1),
+    torch.ops.gaq.sort_edges.default: (torch.tensor([0, 2, 1]), torch.tensor([2, 0, 0]), 3),
+}
+
+
+def test_every_direct_call_has_a_sample():
+    assert set(_SAMPLES) - {aten.index.Tensor} == set(_DIRECT)
+
+
+@pytest.mark.parametrize("target", _SAMPLES, ids=str)
+def test_direct_calls_are_the_operators(target):
+    graph = Graph()
+    given = _SAMPLES[target]
+    tensors = [t for a in given for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+    inputs = {id(t): graph.placeholder(f"x{k}") for k, t in enumerate(tensors)}
+    args = [[inputs[id(t)] for t in a] if isinstance(a, list) else inputs.get(id(a), a) for a in given]
+    graph.output(graph.call_function(target, tuple(args)))
+    got, expected = straight_line(GraphModule(nn.Module(), graph))(*tensors), target(*given)
+    for a, b in zip(*((v if isinstance(v, list) else [v]) for v in (got, expected)), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_sizes_are_asked_of_the_tensor():
+    def build(g, x):
+        rows = g.call_function(aten.sym_size.int, (x, 1))
+        return g.call_function(aten.zeros.default, ([rows],))
+
+    assert straight_line(_graph(build))(torch.ones(2, 5)).shape == (5,)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...passes.fuse_rows import FusedRows
-from .build import compile_kernel
+from .build import compile_kernel, kernel_argument
 from .dense_kernel import Frame, arguments, task_lines, tile_buffers
 from .emit import block_lanes, kernel_text, literal, loop, splat
 from .linear import LinearKernel
@@ -63,6 +63,7 @@ def lower_rows(
     flags = [p for p, a in enumerate(plan.arguments) if a.dtype is torch.bool]
     constants = [value.contiguous() for value in plan.constants.values()]
     constants += [packed for linear in plan.linears.values() for packed in linear.constants]
+    held = [kernel_argument(value) for value in constants]
     results = [(row, dtype) for _, row, dtype in plan.outputs]
     widest = max(math.prod(row) for row in (*(a.row for a in plan.arguments), *(r for r, _ in results)))
     limit = MAX_ELEMENTS // max(1, widest)
@@ -79,7 +80,7 @@ def lower_rows(
         for p in flags:
             tensors[p] = tensors[p].view(torch.int8)
         written = [t.view(torch.int8) if t.dtype is torch.bool else t for t in found] if flagged else found
-        kernel(*tensors, *constants, *written)
+        kernel(*tensors, *held, *written)
         return tuple(found)
 
     return run, tuple(plan.linears.values())

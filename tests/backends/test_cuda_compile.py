@@ -55,7 +55,7 @@ def _row_group() -> str:
     product = g(groups.aten.mul.Tensor, x, g(groups.aten.index.Tensor, y, [index]))
     total = g(groups.aten.sum.dim_IntList, product, [-1], True)
     scaled = g(groups.aten.mul.Tensor, g(groups.aten.silu.default, total), x)
-    return rows_text(make_plan_of_rows(g.fused(total, scaled)))[0]
+    return rows_text(make_plan_of_rows(g.fused(total, scaled), Gpu().target))[0]
 
 
 def _others() -> dict[str, str]:

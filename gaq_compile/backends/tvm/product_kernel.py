@@ -94,8 +94,8 @@ def product_backward_buffers(spec: str) -> list[tuple[str, str, str]]:
     return [(name, f"n, {widths[of]}", "float32") for name, of in like.items()]
 
 
-def product_backward_lines(spec: str, most: int) -> list[str]:
-    """Statements on row ``i``, on at most so many channels at once."""
+def product_backward_lines(spec: str, most: int, own: Callable[[str, int], str] = local) -> list[str]:
+    """Statements on row ``i``, on at most so many channels at once; ``own`` declares a small array."""
     problem = conv_problem(spec)
     widths = _widths(problem.spec)
     widest = max((_lanes(p.path.block_x, most) for p in problem.terms), default=1)
@@ -103,7 +103,7 @@ def product_backward_lines(spec: str, most: int) -> list[str]:
     zero = splat(literal(0.0), widest)
     body = _contract(problem)
     if places:
-        body.append(local("sums", len(places) * widest))
+        body.append(own("sums", len(places) * widest))
         body += [f"{vector('sums', str(place), widest)} = {zero}" for place in places.values()]
     written = set[tuple[int, int]]()
     for k, terms in enumerate(problem.terms):

@@ -20,7 +20,7 @@ from ..product_kernel import (
     product_lines,
 )
 from .device import Gpu, blocks, empty
-from .emit import THREADS, by_rows
+from .emit import THREADS, by_rows, local
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -59,4 +59,4 @@ def product_text(spec: str) -> str:
 @lru_cache(maxsize=256)
 def product_backward_text(spec: str) -> str:
     """TVMScript of ``main(grad, x, sh, weight, gx, gsh, gw)``."""
-    return by_rows(product_backward_buffers(spec), product_backward_lines(spec, 1))
+    return by_rows(product_backward_buffers(spec), product_backward_lines(spec, 1, local))

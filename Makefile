@@ -4,15 +4,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test slow lint env clean
+# make whole-gpu   all GPU kernels of both models, emulated and through nvcc: tens of minutes
+.PHONY: demo test slow whole-gpu lint env clean
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow and not whole_gpu" -n auto --maxprocesses 4 --dist loadfile
 
 slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+whole-gpu: $(READY)
+	$(BIN)/python -m pytest -q -m whole_gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

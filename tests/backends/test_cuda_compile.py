@@ -1,6 +1,6 @@
 """GPU kernels through nvcc: machine code without spills, and integer products in integers.
 
-A kernel of each family here, for one architecture; ``slow`` adds every kernel of both pretrained models for
+A kernel of each family here, for one architecture; ``test_cuda_target.py`` adds every kernel of both pretrained models for
 all architectures. What has been compiled before is found in the kernel cache.
 """
 

@@ -79,8 +79,9 @@ def sevennet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _check_emulated(path: Path) -> None:
     """Energy and forces of a molecule as the CPU's kernels have them, with a kernel for every node."""
-    content = read(path)
-    lowered, placements = lower(group_rows(content.graph, content.form), [_emulated()], strict=True)
+    content, backend = read(path), _emulated()
+    grouped = group_rows(content.graph, content.form, backend.groups_linears)
+    lowered, placements = lower(grouped, [backend], strict=True)
     assert placements and all(p.reason is None for p in placements)
     tensors = collate(example_structures("ethanol")[3:4], content.form)
     inputs = [tensors[name] for name in content.form.inputs]
@@ -93,12 +94,12 @@ def _check_emulated(path: Path) -> None:
     assert float((forces - want).norm() / want.norm()) < 2e-3
 
 
-@pytest.mark.slow
+@pytest.mark.whole_gpu
 def test_so3lr_on_an_emulated_gpu(so3lr_file: Path) -> None:
     _check_emulated(so3lr_file)
 
 
-@pytest.mark.slow
+@pytest.mark.whole_gpu
 def test_sevennet_on_an_emulated_gpu(sevennet_file: Path) -> None:
     _check_emulated(sevennet_file)
 
@@ -114,7 +115,8 @@ def _check_compiled(path: Path) -> None:
 
     content, backend = read(path), _emulated()
     backend.kernels = gpu_kernels(Collecting())
-    lowered, _ = lower(group_rows(content.graph, content.form), [backend], strict=True)
+    grouped = group_rows(content.graph, content.form, backend.groups_linears)
+    lowered, _ = lower(grouped, [backend], strict=True)
     calls = [m.run for m in lowered.modules() if isinstance(m, KernelCall)]
     integer = {
         linear_text(run.plan)
@@ -132,14 +134,14 @@ def _check_compiled(path: Path) -> None:
                 assert "dp4a.s32.s32" in ptx(source, arch)
 
 
-@pytest.mark.slow
+@pytest.mark.whole_gpu
 @pytest.mark.timeout(3600)
 @needs_nvcc
 def test_every_kernel_of_so3lr_compiles(so3lr_file: Path) -> None:
     _check_compiled(so3lr_file)
 
 
-@pytest.mark.slow
+@pytest.mark.whole_gpu
 @pytest.mark.timeout(3600)
 @needs_nvcc
 def test_every_kernel_of_sevennet_compiles(sevennet_file: Path) -> None:

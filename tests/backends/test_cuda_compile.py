@@ -1,7 +1,7 @@
 """GPU kernels through nvcc: machine code without spills, and integer products in integers.
 
-A kernel of each family here, for one architecture; ``test_cuda_target.py`` adds every kernel of both pretrained models for
-all architectures. What has been compiled before is found in the kernel cache.
+A kernel of each family here, for one architecture; ``test_cuda_target.py`` has every kernel of both
+pretrained models, for all architectures. What has been compiled before is found in the kernel cache.
 """
 
 from __future__ import annotations

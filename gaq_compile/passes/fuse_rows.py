@@ -15,11 +15,12 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import networkx
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from ..capture.graphs import GraphFormat
 from ..ir.specs import learned_directions, linear_spec
@@ -78,16 +79,35 @@ class RowGroup:
     nodes: list[Node] = field(default_factory=list)
 
 
-class FusedRows(GraphModule):
+class FusedRows(nn.Module):
     """A group's operators as a graph of their own, which torch can run and a backend can compile.
 
-    Attributes:
+    No ``GraphModule``: that writes and compiles its Python whenever it, or a graph around it, changes, which
+    was half of loading a file, for code that nobody runs where there are kernels.
+
+    Args:
+        root: holds the graph's constants as buffers.
+        graph: the operators.
         rows: what there is a row of.
         shapes: of every node.
     """
 
-    rows: str
-    shapes: dict[Node, RowShape]
+    def __init__(self, root: nn.Module, graph: Graph, rows: str, shapes: dict[Node, RowShape]) -> None:
+        super().__init__()
+        for name, value in root.named_buffers():
+            self.register_buffer(name, value)
+        self.graph, self.rows, self.shapes = graph, rows, shapes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedRows:
+        """Constants of its own; nobody changes the graph."""
+        root = nn.Module()
+        for name, value in self.named_buffers():
+            root.register_buffer(name, value.clone())
+        return FusedRows(root, self.graph, self.rows, self.shapes)
+
+    def forward(self, *arguments: Any) -> Any:
+        """The results, in torch."""
+        return Interpreter(self, graph=self.graph).run(*arguments)
 
     @property
     def operators(self) -> int:
@@ -364,8 +384,7 @@ def _call_group(
         names[node] = inner.node_copy(node, lambda n: names[n])
     inner.output(tuple(names[n] for n in outputs))
     inner_shapes = {names[n]: shapes[n] for n in (*outside, *group.nodes) if n in shapes}
-    fused = FusedRows(buffers, inner)
-    fused.rows, fused.shapes = group.rows, inner_shapes
+    fused = FusedRows(buffers, inner, group.rows, inner_shapes)
     name = f"{group.rows}_rows_{group.level}"
     root.add_module(name, fused)
     call = graph.call_module(name, tuple(values[a] for a in inputs))

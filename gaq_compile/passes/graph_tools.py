@@ -69,7 +69,7 @@ def _dimensions(node: object) -> int | None:
     return value.dim() if isinstance(value, Tensor) else None
 
 
-def attribute(graph_module: GraphModule, node: Node) -> Tensor:
+def attribute(graph_module: nn.Module, node: Node) -> Tensor:
     """The tensor of a ``get_attr`` node."""
     value: object = graph_module
     for part in str(node.target).split("."):

@@ -110,9 +110,7 @@ def _rebuilt(fused: FusedRows, graph: Graph, shapes: dict[Node, RowShape]) -> Fu
     root = nn.Module()
     for name, value in fused.named_buffers():
         root.register_buffer(name, value)
-    new = FusedRows(root, graph)
-    new.rows, new.shapes = fused.rows, shapes
-    return new
+    return FusedRows(root, graph, fused.rows, shapes)
 
 
 def _packing(fused: FusedRows, kept: list[int], packed: list[int], whole: RowShape) -> FusedRows:

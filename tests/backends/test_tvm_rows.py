@@ -161,9 +161,7 @@ class _Group:
 
     def fused(self, *results: Node) -> FusedRows:
         self.graph.output(results)
-        fused = FusedRows(self.module, self.graph)
-        fused.rows, fused.shapes = "edge", self.shapes
-        return fused
+        return FusedRows(self.module, self.graph, "edge", self.shapes)
 
     def inputs(self, n: int) -> list[Any]:
         generator = torch.Generator().manual_seed(n)

@@ -85,9 +85,7 @@ class _Group:
 
     def fused(self, *results: Node) -> FusedRows:
         self.graph.output(results)
-        fused = FusedRows(self.module, self.graph)
-        fused.rows, fused.shapes = "edge", self.shapes
-        return fused
+        return FusedRows(self.module, self.graph, "edge", self.shapes)
 
     def run(self, *results: Node) -> Callable[..., tuple[Tensor, ...]]:
         run, linears = lower_rows(self.fused(*results), host_target())

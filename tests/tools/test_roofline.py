@@ -102,11 +102,7 @@ def _group(nodes) -> FusedRows:
     """A group of operators of rows, made by ``nodes(graph, shapes)``."""
     graph, shapes, root = Graph(), {}, torch.nn.Module()
     graph.output((nodes(graph, shapes, root),))
-    fused = FusedRows(root, graph)
-    fused.rows = "edge"
-    by_name = {n.name: s for n, s in shapes.items()}
-    fused.shapes = {n: by_name[n.name] for n in fused.graph.nodes if n.name in by_name}
-    return fused
+    return FusedRows(root, graph, "edge", shapes)
 
 
 def test_rows_count_elements_and_read_no_more_of_a_table_than_they_gather():

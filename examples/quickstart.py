@@ -67,9 +67,10 @@ def layer_code(graph: GraphModule, modules: tuple[str, ...], most: int = 8) -> s
     found = []
     for node in graph.graph.nodes:
         line, label = text.get(node.name, ""), label_of(node) or str(node.meta.get("label", ""))
-        if "backward" in line or len(found) == most:
+        labels = (label, *node.meta.get("modules", ()))
+        if "backward" in line or "_grad" in line or len(found) == most:
             break
-        if line and any(module in label for module in modules):
+        if line and any(module in label for module in modules for label in labels):
             found.append(" ".join(line.split()))
     return "\n".join(found)
 

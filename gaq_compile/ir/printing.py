@@ -26,6 +26,7 @@ _WIDTH = 96  # column after which a comment follows its line unaligned
 _LONGEST_TEXT = 72
 _LONG_NUMBER = re.compile(r"\d+\.\d{6,}")
 _LONG_IRREPS = re.compile(r"(?:\d+x\d+[eo]\+){4,}\d+x\d+[eo]")
+_NAMED = 3  # modules of a group that its line names
 _DTYPES = {
     torch.float64: "f64",
     torch.float32: "f32",
@@ -219,7 +220,14 @@ def format_value(value: Any) -> str:
 
 
 def note(node: Node) -> str:
-    """``irreps | bits | runs on | label`` of a node, the parts that it has."""
+    """``irreps | bits | runs on | label`` of a node, the parts that it has; of a group, its modules."""
     what = str(node.meta.get("irreps") or "") or format_value(node.meta.get("val"))
-    parts = [what, str(node.meta.get("bits") or ""), str(node.meta.get("runs_on") or ""), label_of(node)]
+    label = label_of(node) or _listed(node.meta.get("modules", ()))
+    parts = [what, str(node.meta.get("bits") or ""), str(node.meta.get("runs_on") or ""), label]
     return " | ".join(part for part in parts if part)
+
+
+def _listed(modules: Sequence[str]) -> str:
+    """The first of many names, and how many more there are."""
+    more = len(modules) - _NAMED
+    return ", ".join(modules[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -206,6 +206,7 @@ def _place_rows(
             integer_weights=False,
         )
         inner = [n for n in fused.graph.nodes if _is_gaq(n)]
+        node.meta["modules"] = tuple(_label(part) for part in inner)
         parts = [
             replace(
                 whole,

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
+from gaq_compile.backends.reference import ReferenceBackend
 from gaq_compile.capture.graphs import GraphFormat
 from gaq_compile.passes.decompose import decompose
 from gaq_compile.passes.fold_constants import fold_constants
 from gaq_compile.passes.fuse_rows import FusedRows, fuse_rows, fused_rows
+from gaq_compile.passes.lower import lower
 from gaq_compile.passes.pack_rows import pack_rows
 from gaq_compile.passes.row_shapes import row_shapes
 from gaq_compile.passes.sum_rows import sum_rows
 
-aten = torch.ops.aten
+aten, gaq = torch.ops.aten, torch.ops.gaq
 FORM = GraphFormat(("edge_vec", "receivers", "senders", "batch"), 5.0)
 ATOMS, EDGES = 5, 7
 
@@ -250,3 +254,58 @@ def test_other_norms_stay(trace):
     x = torch.randn(6, 3)
     gm = trace(lambda x: torch.linalg.vector_norm(x, ord=1, dim=-1), x)
     assert aten.linalg_vector_norm.default in [n.target for n in decompose(gm).graph.nodes]
+
+
+def _with_linears(widths: tuple[int, ...]) -> GraphModule:
+    """silu(vec @ w0), silu(... @ w1), ..., with weights as constants of the graph."""
+    graph, module = Graph(), nn.Module()
+    x, *_ = [graph.placeholder(name) for name in FORM.inputs]
+    for k, (a, b) in enumerate(zip((3, *widths), widths, strict=False)):
+        module.register_buffer(f"w{k}", torch.randn(a * b, generator=torch.Generator().manual_seed(k)))
+        rest = (None, f"{a}x0e -> {b}x0e", False, f"net.{k}")
+        x = graph.call_function(gaq.irreps_linear.default, (x, graph.get_attr(f"w{k}"), *rest))
+        x = graph.call_function(aten.silu.default, (x,))
+    graph.output(x)
+    return GraphModule(module, graph)
+
+
+def _linears(gm: GraphModule) -> list[str]:
+    return [str(n.args[-1]) for n in gm.graph.nodes if n.target is gaq.irreps_linear.default]
+
+
+def test_linears_join_what_is_around_them(inputs):
+    gm = _with_linears((32, 64, 8))
+    after = fuse_rows(gm, FORM)
+    (group,) = _groups(after)
+    assert group.operators == 6 and not _linears(after)
+    assert [str(n.args[-1]) for n in group.graph.nodes if n.target is gaq.irreps_linear.default] == [
+        "net.0",
+        "net.1",
+        "net.2",
+    ]
+    _same(gm, after, inputs)
+    _, placements = lower(after, [ReferenceBackend()])
+    assert [(p.op, p.label) for p in placements] == [
+        ("rows", "6 operators on edges"),
+        *(("gaq::irreps_linear", f"net.{k}") for k in range(3)),
+    ]
+
+
+def test_linears_of_wide_rows_stay_outside():
+    after = fuse_rows(_with_linears((32, 640, 8)), FORM)
+    assert _linears(after) == ["net.1", "net.2"]
+
+
+def test_linears_stay_outside_where_a_backend_says_so(inputs):
+    gm = _with_linears((32, 8))
+    after = fuse_rows(gm, FORM, linears=False)
+    assert _linears(after) == ["net.0", "net.1"] and len(_groups(after)) == 2
+    _same(gm, after, inputs)
+
+
+def test_groups_can_be_copied(inputs):
+    after = fuse_rows(_with_linears((32, 8)), FORM)
+    (group,) = _groups(after)
+    copied = copy.deepcopy(group)
+    assert torch.equal(copied(inputs[0])[0], group(inputs[0])[0])
+    assert all(a is not b for a, b in zip(copied.buffers(), group.buffers(), strict=True))

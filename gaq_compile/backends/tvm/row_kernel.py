@@ -18,7 +18,9 @@ _SERIAL_WORK = 16384  # floats touched below which threads cost more than they b
 _BLOCK_WORK = 4096  # floats touched per block of rows
 
 
-def row_loop(body: Sequence[str], work: int, *, step: int = 1, setup: Sequence[str] = ()) -> list[str]:
+def row_loop(
+    body: Sequence[str], work: int, *, step: int = 1, setup: Sequence[str] = (), once: bool = False
+) -> list[str]:
     """Run ``body`` for every row, or for every tile of ``step`` rows.
 
     Args:
@@ -27,6 +29,7 @@ def row_loop(body: Sequence[str], work: int, *, step: int = 1, setup: Sequence[s
         work: floats read and written per row, which decides about threads and block sizes.
         step: rows per tile.
         setup: statements that come once for each block of rows: memory of the thread is not free.
+        once: write the body once, for blocks in parallel, however few: a long one takes long to compile.
 
     Returns:
         Statements that use the number of rows, ``n``.
@@ -41,6 +44,8 @@ def row_loop(body: Sequence[str], work: int, *, step: int = 1, setup: Sequence[s
         [f"i: T.let = (b * {block} + r){place}", *body],
     )
     shared = loop(f"b in T.parallel(({tiles} + {block - 1}) // {block})", [*setup, *inner])
+    if once:
+        return shared
     return [
         f"if {tiles} <= {serial}:",
         *("    " + line for line in (*setup, *alone)),

@@ -132,7 +132,13 @@ class _Writer:
         buffers, flat = self._buffers()
         scratch = f'scratch = T.alloc_buffer(({max(1, self.scratch)},), "float32", scope="global")'
         work = max(1, self.work // TILE)
-        return kernel_text(buffers, [*flat, *row_loop(body, work, step=TILE, setup=[scratch, *self.setup])])
+        return kernel_text(
+            buffers,
+            [
+                *flat,
+                *row_loop(body, work, step=TILE, setup=[scratch, *self.setup], once=bool(self.plan.linears)),
+            ],
+        )
 
     # --- buffers --------------------------------------------------------------------------------
 

@@ -13,7 +13,9 @@ from ..config import activation_scheme
 from ..errors import IrrepsError
 from .layout import Block, blocks, lmax, simplified
 
-FLOATS = ("f32", "g16")  # activations without a scheme: floats, and gradients (numerics.gradients)
+GRADIENT = "g16"
+"""The activation of a gradient in integers (numerics.gradients)."""
+FLOATS = ("f32", GRADIENT)  # activations without a scheme
 
 
 def learned_directions(activation: str, irreps: str) -> bool:

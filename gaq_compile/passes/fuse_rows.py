@@ -97,6 +97,7 @@ class FusedRows(nn.Module):
         for name, value in root.named_buffers():
             self.register_buffer(name, value)
         self.graph, self.rows, self.shapes = graph, rows, shapes
+        self._interpreter: Interpreter | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedRows:
         """Constants of its own; nobody changes the graph."""
@@ -107,7 +108,9 @@ class FusedRows(nn.Module):
 
     def forward(self, *arguments: Any) -> Any:
         """The results, in torch."""
-        return Interpreter(self, graph=self.graph).run(*arguments)
+        if self._interpreter is None:  # it reads through the whole graph to begin with
+            self._interpreter = Interpreter(self, graph=self.graph)
+        return self._interpreter.run(*arguments)
 
     @property
     def operators(self) -> int:
@@ -184,17 +187,22 @@ def _row_operator(node: Node, shapes: dict[Node, RowShape], form: GraphFormat) -
         known = is_call(split, aten.split_with_sizes.default)
         return _row_operator(split, shapes, form) if known else None  # type: ignore[arg-type]
     if node.target in LINEARS:
-        return shape.rows if _is_fixed(node) and _fits_tile(node, shape, shapes) else None
+        return shape.rows if _has_kernel(node) and _fits_tile(node, shape, shapes) else None
     known = node.target in _EACH | VIEWS | _REDUCTIONS | {aten.cat.default, aten.split_with_sizes.default}
     return shape.rows if known and _by_rows(node, shape, shapes) else None
 
 
-def _is_fixed(linear: Node) -> bool:
-    """Whether a linear's weights are constants; where directions are learned there is no kernel."""
+def _has_kernel(linear: Node) -> bool:
+    """Whether a kernel can take it: weights are constants, and directions are not learned."""
     if linear.target is gaq.int_irreps_linear.default:
         spec, scheme = str(linear.args[5]), str(linear.args[6])
         if learned_directions(scheme, linear_spec(spec).irreps_in):
             return False
+    return has_fixed_weights(linear)
+
+
+def has_fixed_weights(linear: Node) -> bool:
+    """Whether all that a linear takes besides its input is the same at every call."""
     return all(a.op == "get_attr" for a in linear.all_input_nodes if a is not linear.args[0])
 
 

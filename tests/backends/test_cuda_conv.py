@@ -13,12 +13,7 @@ from gaq_compile.errors import IrrepsError
 GPU = EmulatedGpu()
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """New tensors begin as NaN, so that an element which no kernel writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("name", checks.SPECS)

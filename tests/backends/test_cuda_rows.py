@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import test_tvm_rows as checks
-import torch
 from cuda_emulator import EmulatedGpu
 
 from gaq_compile.backends.tvm.cuda.rows import lower_rows
@@ -13,14 +12,11 @@ GPU = EmulatedGpu()
 
 
 @pytest.fixture(autouse=True)
-def _emulated(monkeypatch: pytest.MonkeyPatch):
+def _emulated(monkeypatch: pytest.MonkeyPatch, poisoned_memory):
     """The checks' kernels are those of an emulated GPU, and new tensors begin as NaN."""
     monkeypatch.setattr(checks, "lower_rows", lower_rows)
     monkeypatch.setattr(checks, "host_target", lambda: GPU)
     monkeypatch.setitem(checks._check.__kwdefaults__, "rows", (0, 1, 37))
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("row", [(), (3,), (2, 3), (17,), (4, 32)])

@@ -94,12 +94,7 @@ POWERS: list[tuple[Any, tuple[Any, ...], tuple[float, float]]] = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """New tensors begin as NaN, so that an element which no kernel writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 class _Group:

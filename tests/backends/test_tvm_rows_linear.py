@@ -34,12 +34,7 @@ KINDS = [
 NARROW = [("4x0e -> 32x0e", *KINDS[1]), ("128x0e -> 1x0e", *KINDS[4]), ("40x0e -> 3x0e", *KINDS[5])]
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """New tensors begin as NaN, so that an element which no kernel writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 class _Group:

@@ -15,12 +15,7 @@ WIDTHS = (1, 3, 9, 24, 128)
 SIZES = ((0, 0), (0, 5), (1, 1), (7, 3), (300, 41), (300, 2000), (6000, 41), (6000, 1), (20000, 7))
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """New tensors begin as NaN, so that an element which no kernel writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def _in_order(values: Tensor, index: Tensor, rows: int) -> Tensor:

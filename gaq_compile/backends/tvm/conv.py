@@ -30,7 +30,7 @@ from ...ir.layout import Block, dim
 from ...ir.specs import tensor_product_spec
 from .build import compile_kernel
 from .conv_schedule import DEFAULT, ConvSchedule, conv_schedule_from
-from .conv_terms import Pair, PathTerms, Problem, conv_problem
+from .conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_problem, conv_width
 from .database import bucket, threads, tuned
 from .emit import (
     block_lanes,
@@ -128,18 +128,10 @@ def forward_source(spec: str, lanes: int, schedule: ConvSchedule = DEFAULT) -> s
     inner: list[str] = []
     for group in _accumulator_groups(problem, schedule.sums or (12 if lanes == 8 else 24)):
         inner += _forward_group(group, lanes, schedule)
-    sides = _Sides("senders", "out", _width(problem, "out"))
+    sides = _Sides("senders", "out", conv_width(problem, "out"))
     body = _per_node(problem, lanes, sides, inner, schedule.chunk)
     return kernel_text(
-        [
-            ("x", f"nodes, {_width(problem, 'x')}", "float32"),
-            ("sh", f"edges, {_width(problem, 'sh')}", "float32"),
-            ("weight", f"edges, {problem.spec.weight_numel}", "float32"),
-            ("senders", "edges", "int32"),
-            ("ptr", "ends", "int32"),
-            ("order", "edges", "int32"),
-            ("out", f"nodes, {_width(problem, 'out')}", "float32"),
-        ],
+        conv_buffers(problem, "x", "sh", "weight", "senders", "ptr", "order", "out"),
         body,
     )
 
@@ -154,27 +146,10 @@ def backward_source(spec: str, lanes: int, schedule: ConvSchedule = DEFAULT) -> 
     for group in problem.by_input:
         inner += _backward_group(problem, group, (lanes, widest), schedule)
     inner += _reduce_grad_sh(problem, widest)
-    sides = _Sides("receivers", "grad_x", _width(problem, "x"))
+    sides = _Sides("receivers", "grad_x", conv_width(problem, "x"))
     body = _per_node(problem, lanes, sides, inner, schedule.chunk)
-    return kernel_text(
-        [
-            ("grad", f"nodes, {_width(problem, 'out')}", "float32"),
-            ("x", f"nodes, {_width(problem, 'x')}", "float32"),
-            ("sh", f"edges, {_width(problem, 'sh')}", "float32"),
-            ("weight", f"edges, {problem.spec.weight_numel}", "float32"),
-            ("receivers", "edges", "int32"),
-            ("ptr", "ends", "int32"),
-            ("order", "edges", "int32"),
-            ("grad_x", f"nodes, {_width(problem, 'x')}", "float32"),
-            ("grad_sh", f"edges, {_width(problem, 'sh')}", "float32"),
-            ("grad_weight", f"edges, {problem.spec.weight_numel}", "float32"),
-        ],
-        body,
-    )
-
-
-def _width(problem: Problem, tensor: str) -> int:
-    return dim(getattr(problem.spec, f"irreps_{tensor}"))
+    given = ("grad", "x", "sh", "weight", "receivers", "ptr", "order")
+    return kernel_text(conv_buffers(problem, *given, "grad_x", "grad_sh", "grad_weight"), body)
 
 
 @dataclass(frozen=True)
@@ -345,7 +320,7 @@ def _zero_grad_sh(problem: Problem, widest: int, chunk: int) -> list[str]:
 def _reduce_grad_sh(problem: Problem, widest: int) -> list[str]:
     """Sum each partial vector over its lanes, by halving: a fixed order, so the same bits always."""
     lines = []
-    for column in range(_width(problem, "sh")):
+    for column in range(conv_width(problem, "sh")):
         if column not in problem.columns:
             lines.append(f"grad_sh[edge[j], {column}] = {literal(0.0)}")
             continue

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from e3nn.o3 import wigner_3j
 
+from ...ir.layout import dim
 from ...ir.specs import TensorProductPath, TensorProductSpec, tensor_product_spec
 
 _DIGITS = 12  # Clebsch-Gordan constants that agree to this many digits are the same number
@@ -71,6 +72,30 @@ class Problem:
         for terms in self.terms:
             groups.setdefault(terms.path.block_x.base, []).append(terms)
         return tuple(tuple(group) for group in groups.values())
+
+
+def conv_buffers(problem: Problem, *names: str) -> list[tuple[str, str, str]]:
+    """Tensors of a convolution's kernels by name: name, shape, dtype.
+
+    x, out, sh, weight and their gradients (``grad`` is out's); senders, receivers and ``order``, an entry for
+    each edge; ``ptr``, where each node's edges begin.
+    """
+    return [(name, *_buffer(problem, name)) for name in names]
+
+
+def _buffer(problem: Problem, name: str) -> tuple[str, str]:
+    if name in ("senders", "receivers", "order"):
+        return "edges", "int32"
+    if name == "ptr":
+        return "ends", "int32"
+    tensor = "out" if name == "grad" else name.removeprefix("grad_")
+    width = problem.spec.weight_numel if tensor == "weight" else conv_width(problem, tensor)
+    return f"{'edges' if tensor in ('sh', 'weight') else 'nodes'}, {width}", "float32"
+
+
+def conv_width(problem: Problem, tensor: str) -> int:
+    """Elements of a row of x, sh or out."""
+    return dim(getattr(problem.spec, f"irreps_{tensor}"))
 
 
 @lru_cache(maxsize=256)

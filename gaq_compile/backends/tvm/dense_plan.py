@@ -16,14 +16,11 @@ from functools import cached_property, lru_cache
 from ...config import ActivationScheme, activation_scheme
 from ...errors import LoweringError
 from ...ir.layout import Block, blocks, dim
-from ...ir.specs import LinearPath, LinearSpec, linear_spec
+from ...ir.specs import FLOATS, GRADIENT, LinearPath, LinearSpec, linear_spec
 from .vnni import VectorUnit, vector_unit
 
 MAX_DEPTH = {"f32": 1 << 30, "s8": 65536, "s16": 512}
 """How many products an s32 sum may hold: 512 * 32767 * 127 and 65536 * 255 * 127 are below 2^31."""
-
-GRADIENT = "g16"
-"""The activation of a gradient in integers (numerics.gradients)."""
 
 WEIGHED = ("scaled", "dynamic")
 """Operands that take the weights' scales before the product: a transpose sums over their channels."""
@@ -54,7 +51,7 @@ class LinearProblem:
             raise LoweringError(
                 f"unknown weight type {self.weight!r}", where=str(self), fix="f32, s16, s8 or s4"
             )
-        if self.transpose and (self.activation not in ("f32", GRADIENT) or self.bias):
+        if self.transpose and (self.activation not in FLOATS or self.bias):
             raise LoweringError(
                 f"a transposed linear takes a gradient, float or {GRADIENT}, and no bias",
                 where=str(self),
@@ -81,7 +78,7 @@ class LinearProblem:
     @property
     def scheme(self) -> ActivationScheme | None:
         """The static scheme of the activations; None for floats and for gradients."""
-        return None if self.activation in ("f32", GRADIENT) else activation_scheme(self.activation)
+        return None if self.activation in FLOATS else activation_scheme(self.activation)
 
     @property
     def irreps_in(self) -> str:

@@ -36,6 +36,7 @@ __all__ = [
     "LinearProblem",
     "arithmetic",
     "check",
+    "check_input",
     "has_vnni",
     "lower_linear",
     "packed",
@@ -62,11 +63,7 @@ class LinearKernel:
 
     def __call__(self, x: Tensor) -> Tensor:
         dim_in, dim_out = self._dims
-        if x.ndim != 2 or x.shape[1] != dim_in or x.dtype != torch.float32:
-            raise LoweringError(
-                f"expected a float32 tensor (N, {dim_in}), got {x.dtype} {tuple(x.shape)}",
-                where=self.plan.problem.spec,
-            )
+        check_input(x, dim_in, self.plan)
         x = x.contiguous()
         rows = x.shape[0]
         y = torch.empty((rows, dim_out), dtype=torch.float32)
@@ -120,6 +117,19 @@ class LinearKernel:
         """Bytes of all packed constants (those that tuned kernels share are counted once)."""
         held = {id(t): t for k in (self, *(k for _, k in self.tuned)) for t in k.constants}
         return sum(t.numel() * t.element_size() for t in held.values())
+
+
+def check_input(x: Tensor, width: int, plan: DensePlan) -> None:
+    """Refuse an input that is not float32 (N, width).
+
+    Raises:
+        LoweringError: saying what it must be and what it is.
+    """
+    if x.ndim != 2 or x.shape[1] != width or x.dtype != torch.float32:
+        raise LoweringError(
+            f"expected a float32 tensor (N, {width}), got {x.dtype} {tuple(x.shape)}",
+            where=plan.problem.spec,
+        )
 
 
 def lower_linear(

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ...ir.specs import learned_directions
 from ...numerics.packing import unpack_int4
-from ...passes.fuse_rows import LINEARS
+from ...passes.fuse_rows import LINEARS, has_fixed_weights
 from ...passes.graph_tools import gaq
 from ..base import Attribute, Refused
 from .dense_plan import LinearProblem
@@ -35,7 +35,7 @@ def lower_linear_node(
         place: what the kernel is for, as ``lower`` takes it.
         lower: :func:`.linear.lower_linear`, or another processor's.
     """
-    if not all(is_fixed(part) for part in node.all_input_nodes if part is not node.args[0]):
+    if not has_fixed_weights(node):
         return Refused(COMPUTED)
     problem = linear_problem(node)
     if learned_directions(problem.activation, problem.linear.irreps_in):

@@ -8,7 +8,6 @@ bits. TVM simplifies as if numbers were finite: x - x and x * 0 are 0 for infini
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,9 +21,9 @@ from .dense_kernel import Frame, arguments, task_lines, tile_buffers
 from .emit import block_lanes, kernel_text, literal, loop, splat
 from .linear import LinearKernel
 from .row_kernel import LANES, MAX_ELEMENTS, Emitter, row_loop
-from .rows_operators import emit_operator
-from .rows_plan import Argument, Plan, Stage, Step, UnsupportedRowsError, make_plan
-from .rows_values import TILE, Base, View, contiguous_strides, places
+from .rows_operators import components, emit_operator
+from .rows_plan import Argument, Plan, Stage, Step, UnsupportedRowsError, cat_axis, kept_values, make_plan
+from .rows_values import TILE, Base, View, contiguous_strides
 
 _PRODUCTS_PER_FLOAT = 64  # multiplications of a linear that take as long as a float read and written
 DTYPES = {
@@ -239,7 +238,7 @@ class _Writer:
 
         for step in stage.steps:
             self.passing = 0
-            found = self._components(step, element, e)
+            found = components(step, element, e)
             values[step.result] = self._held(found, step.result, e)
             self.work += 2 * TILE * step.result.size
         copies = []
@@ -279,36 +278,6 @@ class _Writer:
             loads.append(f"scratch[{slot} + r] = {self._float(buffer, f'{buffer}[{index}]', 1)}")
             self.work += TILE
         return _vector(slot, TILE)
-
-    def _components(self, step: Step, element: Callable[[View, Sequence[int]], str], e: Emitter) -> list[str]:
-        """The result's elements, as names."""
-        if step.op == "cat":
-            return [element(view, place) for view in step.operands for place in cat_places(step, view)]
-        if step.op == "sum":
-            (view,) = step.operands
-            found = []
-            for kept in places(step.shape):
-                inner = [
-                    range(n) if m == 1 else [p] for n, m, p in zip(view.shape, step.shape, kept, strict=True)
-                ]
-                terms = [element(view, place) for place in itertools.product(*inner)]
-                found.append(e.let(" + ".join(terms)))
-            return found
-        if step.op == "product":
-            left, right = step.operands
-            found = []
-            for column in range(right.shape[1]):
-                pairs = [
-                    f"{element(left, (j,))} * {element(right, (j, column))}" for j in range(right.shape[0])
-                ]
-                found.append(e.let(" + ".join(pairs)))
-            return found
-        views = step.operands
-        if step.op == "copy":
-            return [element(views[0], place) for place in places(step.shape)]
-        return [
-            emit_operator(e, step.node, [element(v, place) for v in views]) for place in places(step.shape)
-        ]
 
     # --- along rows -----------------------------------------------------------------------------
 
@@ -514,15 +483,6 @@ def _vector(slot: int, lanes: int) -> str:
     return f"scratch[{slot}]" if lanes == 1 else f"scratch[T.ramp({slot}, 1, {lanes})]"
 
 
-def kept_values(plan: Plan) -> set[Base]:
-    """Values that a later stage reads."""
-    found: set[Base] = set()
-    for stage in plan.stages:
-        own = {step.result for step in stage.steps}
-        found |= {v.base for step in stage.steps for v in step.operands if v.base not in own}
-    return {base for base in found if base.kind == "value"}
-
-
 def _last_stages(plan: Plan) -> dict[Base, int]:
     """The last stage that makes or reads each value; narrow results are read once more, at the end."""
     found: dict[Base, int] = {}
@@ -531,23 +491,6 @@ def _last_stages(plan: Plan) -> dict[Base, int]:
         found |= {v.base: k for step in stage.steps for v in step.operands if v.base.kind == "value"}
     results = {base for base, _, _ in plan.outputs}
     return {base: k for base, k in found.items() if base not in results}
-
-
-def cat_axis(step: Step) -> int:
-    """The axis of a row along which parts are joined."""
-    axis = int((*step.node.args, 0)[1])  # type: ignore[arg-type]
-    return axis % (len(step.shape) + 1) - 1
-
-
-def cat_places(step: Step, view: View) -> list[tuple[int, ...]]:
-    """The places of a narrow part in the order of the joined row.
-
-    Raises:
-        UnsupportedRowsError: where parts do not lie one after another.
-    """
-    if cat_axis(step) != 0 and len(step.shape) > 1:
-        raise UnsupportedRowsError(f"{step.node}: narrow parts joined along an inner axis")
-    return places(view.shape)
 
 
 def _last_stride(strides: Sequence[int], shape: Sequence[int]) -> int:

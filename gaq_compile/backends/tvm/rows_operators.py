@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.fx import Node
 
 from ...passes.graph_tools import aten
 from .row_kernel import Emitter
-from .rows_plan import UnsupportedRowsError
+from .rows_plan import Step, UnsupportedRowsError, cat_places
+from .rows_values import View, places
 
 
 def emit_operator(e: Emitter, node: Node, operands: Sequence[str]) -> str:
@@ -28,6 +30,43 @@ def emit_operator(e: Emitter, node: Node, operands: Sequence[str]) -> str:
         return e.let(rule(e, *values))
     except TypeError:
         raise UnsupportedRowsError(f"no row kernel for {node.target} with {len(values)} arguments") from None
+
+
+def components(step: Step, element: Callable[[View, Sequence[int]], str], e: Emitter) -> list[str]:
+    """The elements of a value that has few, as names.
+
+    Args:
+        step: what makes the value.
+        element: of a view, at a place of it.
+        e: collects the statements.
+
+    Raises:
+        UnsupportedRowsError: for an operator without a kernel.
+    """
+    views = step.operands
+    if step.op == "cat":
+        return [element(view, place) for view in views for place in cat_places(step, view)]
+    if step.op == "copy":
+        return [element(views[0], place) for place in places(step.shape)]
+    if step.op == "sum":
+        return [
+            e.let(" + ".join(element(views[0], place) for place in _summed(step, kept)))
+            for kept in places(step.shape)
+        ]
+    if step.op == "product":
+        left, right = views
+        rows, columns = (range(n) for n in right.shape)
+        return [
+            e.let(" + ".join(f"{element(left, (j,))} * {element(right, (j, c))}" for j in rows))
+            for c in columns
+        ]
+    return [emit_operator(e, step.node, [element(v, place) for v in views]) for place in places(step.shape)]
+
+
+def _summed(step: Step, kept: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The places of a sum's operand that one element of it adds up."""
+    sizes = zip(step.operands[0].shape, step.shape, kept, strict=True)
+    return itertools.product(*(range(n) if m == 1 else [place] for n, m, place in sizes))
 
 
 def _text(e: Emitter, value: Any) -> str:

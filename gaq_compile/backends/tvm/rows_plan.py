@@ -25,7 +25,7 @@ from ..base import Refused
 from .dense_plan import DenseSchedule, default_schedule
 from .linear import LinearKernel, lower_linear
 from .linear_nodes import LINEARS, lower_linear_node
-from .rows_values import TILE, Base, View, whole
+from .rows_values import TILE, Base, View, places, whole
 from .vnni import vector_unit
 
 Shape = tuple[int, ...]
@@ -325,6 +325,32 @@ def _tiles(target: str) -> DenseSchedule:
     return replace(
         default_schedule(unit), rows=(TILE if unit.registers >= 32 else TILE // 2,), task_rows=TILE
     )
+
+
+def kept_values(plan: Plan) -> set[Base]:
+    """Values that a later stage reads."""
+    found: set[Base] = set()
+    for stage in plan.stages:
+        own = {step.result for step in stage.steps}
+        found |= {v.base for step in stage.steps for v in step.operands if v.base not in own}
+    return {base for base in found if base.kind == "value"}
+
+
+def cat_axis(step: Step) -> int:
+    """The axis of a row along which parts are joined."""
+    axis = int((*step.node.args, 0)[1])  # type: ignore[arg-type]
+    return axis % (len(step.shape) + 1) - 1
+
+
+def cat_places(step: Step, view: View) -> list[tuple[int, ...]]:
+    """The places of a narrow part in the order of the joined row.
+
+    Raises:
+        UnsupportedRowsError: where parts do not lie one after another.
+    """
+    if cat_axis(step) != 0 and len(step.shape) > 1:
+        raise UnsupportedRowsError(f"{step.node}: narrow parts joined along an inner axis")
+    return places(view.shape)
 
 
 def _stages(steps: list[Step]) -> list[Stage]:

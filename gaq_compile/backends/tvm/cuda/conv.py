@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ....ir.layout import Block, blocks, dim
 from ....ir.specs import tensor_product_spec
-from ..conv_terms import Pair, PathTerms, Problem, conv_problem
+from ..conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_problem, conv_width
 from ..emit import literal, loop, signed_sum
 from .device import Gpu, empty
 from .device import blocks as blocks_of
@@ -175,15 +175,7 @@ def forward_text(spec: str) -> str:
     """TVMScript of ``main(x, sh, weight, senders, ptr, order, out)``."""
     problem, groups = conv_problem(spec), forward_groups(spec)
     body = _grouped(groups, [_forward(problem, group) for group in groups])
-    buffers = [
-        ("x", f"nodes, {_width(problem, 'x')}", "float32"),
-        ("sh", f"edges, {_width(problem, 'sh')}", "float32"),
-        ("weight", f"edges, {problem.spec.weight_numel}", "float32"),
-        ("senders", "edges", "int32"),
-        ("ptr", "ends", "int32"),
-        ("order", "edges", "int32"),
-        ("out", f"nodes, {_width(problem, 'out')}", "float32"),
-    ]
+    buffers = conv_buffers(problem, "x", "sh", "weight", "senders", "ptr", "order", "out")
     body = [*_memory(groups), *body]
     return grid_text(buffers, body, blocks="nodes", threads=WARP, parts=_warps(groups))
 
@@ -197,18 +189,9 @@ def backward_text(spec: str) -> str:
     """
     problem, groups = conv_problem(spec), backward_groups(spec)
     body = _grouped(groups, [_backward(problem, group) for group in groups])
-    buffers = [
-        ("grad", f"nodes, {_width(problem, 'out')}", "float32"),
-        ("x", f"nodes, {_width(problem, 'x')}", "float32"),
-        ("sh", f"edges, {_width(problem, 'sh')}", "float32"),
-        ("weight", f"edges, {problem.spec.weight_numel}", "float32"),
-        ("receivers", "edges", "int32"),
-        ("ptr", "ends", "int32"),
-        ("order", "edges", "int32"),
-        ("grad_x", f"nodes, {_width(problem, 'x')}", "float32"),
-        ("grad_weight", f"edges, {problem.spec.weight_numel}", "float32"),
-        ("parts", "several", "float32"),
-    ]
+    given = ("grad", "x", "sh", "weight", "receivers", "ptr", "order")
+    buffers = conv_buffers(problem, *given, "grad_x", "grad_weight")
+    buffers.append(("parts", "several", "float32"))
     body = [*_memory(groups), *body]
     return grid_text(buffers, body, blocks="nodes", threads=WARP, parts=_warps(groups))
 
@@ -219,7 +202,7 @@ def add_text(spec: str) -> str:
     problem = conv_problem(spec)
     columns, warps = problem.columns, _adding(backward_groups(spec))
     lines = []
-    for column in range(_width(problem, "sh")):
+    for column in range(conv_width(problem, "sh")):
         if column not in columns:
             lines.append(f"grad_sh[e, {column}] = {literal(0.0)}")
             continue
@@ -227,12 +210,8 @@ def add_text(spec: str) -> str:
         terms = [f"parts[edges * {warp * len(columns)} + {place}]" for warp in range(warps)]
         lines.append(f"grad_sh[e, {column}] = {' + '.join(terms)}")
     body = [f"e: T.let = bx * {_THREADS} + tx", *branch("e < edges", lines)]
-    buffers = [("parts", "several", "float32"), ("grad_sh", f"edges, {_width(problem, 'sh')}", "float32")]
+    buffers = [("parts", "several", "float32"), *conv_buffers(problem, "grad_sh")]
     return grid_text(buffers, body, blocks=f"(edges + {_THREADS - 1}) // {_THREADS}", threads=_THREADS)
-
-
-def _width(problem: Problem, tensor: str) -> int:
-    return dim(getattr(problem.spec, f"irreps_{tensor}"))
 
 
 def _memory(groups: Sequence[Group]) -> list[str]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ....errors import LoweringError
 from ..dense_plan import DensePlan, LinearProblem, make_plan
-from ..linear import Given, check, packed
+from ..linear import Given, check, check_input, packed
 from .device import Gpu, Kernel, blocks, empty, on_device
 from .linear_kernel import jobs, linear_text, rows_per_block
 
@@ -29,11 +28,7 @@ class LinearKernel:
     constants: dict[str, Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.ndim != 2 or x.shape[1] != self.plan.dim_in or x.dtype != torch.float32:
-            raise LoweringError(
-                f"expected a float32 tensor (N, {self.plan.dim_in}), got {x.dtype} {tuple(x.shape)}",
-                where=self.plan.problem.spec,
-            )
+        check_input(x, self.plan.dim_in, self.plan)
         rows = x.shape[0]
         y = empty(x, rows, self.plan.dim_out)
         if self.plan.dim_out:

@@ -8,7 +8,6 @@ memory. Sums over an axis are added lane by lane and then across the warp, in a 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,10 +17,10 @@ from torch import Tensor
 
 from ....passes.fuse_rows import LINEARS, FusedRows
 from ..emit import kernel_text, literal, loop
-from ..rows_kernel import DTYPES, cat_axis, cat_places, in_stretches, kept_values
-from ..rows_operators import emit_operator
-from ..rows_plan import Argument, Plan, Stage, Step, UnsupportedRowsError, make_plan
-from ..rows_values import Base, View, contiguous_strides, places
+from ..rows_kernel import DTYPES, in_stretches
+from ..rows_operators import components, emit_operator
+from ..rows_plan import Argument, Plan, Stage, Step, UnsupportedRowsError, cat_axis, kept_values, make_plan
+from ..rows_values import Base, View, contiguous_strides
 from .device import MAX_ELEMENTS, Gpu, blocks, empty, on_device
 from .emit import SYNC, THREADS, WARP, ThreadEmitter, across_warp, branch, shared
 
@@ -196,45 +195,12 @@ class _Writer:
             return known[base, at]
 
         for step in stage.steps:
-            values[step.result] = self._components(step, element, e)
+            values[step.result] = components(step, element, e)
         stores = []
         for base, names in values.items():
             for j, name in enumerate(names):
                 stores += self._write(base, str(j), name)
         return [*e.lines, *(branch("lane == 0", stores) if self.warps and stores else stores)]
-
-    def _components(
-        self, step: Step, element: Callable[[View, Sequence[int]], str], e: ThreadEmitter
-    ) -> list[str]:
-        """The result's elements, as names."""
-        views = step.operands
-        if step.op == "cat":
-            return [element(view, place) for view in views for place in cat_places(step, view)]
-        if step.op == "copy":
-            return [element(views[0], place) for place in places(step.shape)]
-        if step.op == "sum":
-            (view,) = views
-            found = []
-            for kept in places(step.shape):
-                inner = [
-                    range(n) if m == 1 else [p] for n, m, p in zip(view.shape, step.shape, kept, strict=True)
-                ]
-                found.append(e.let(" + ".join(element(view, place) for place in itertools.product(*inner))))
-            return found
-        if step.op == "product":
-            left, right = views
-            return [
-                e.let(
-                    " + ".join(
-                        f"{element(left, (j,))} * {element(right, (j, column))}"
-                        for j in range(right.shape[0])
-                    )
-                )
-                for column in range(right.shape[1])
-            ]
-        return [
-            emit_operator(e, step.node, [element(v, place) for v in views]) for place in places(step.shape)
-        ]
 
     # --- along rows -----------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from .backends.tvm.cuda.driver import require_gpu
+from .backends.tvm.runner import native
 from .capture.frames import own_frame
 from .capture.graphs import (
     CalibratedRange,
@@ -64,7 +65,7 @@ class Potential:
         self.calibrated = calibrated
         self.framed = rounds_only_invariants(config)
         self.on_gpu = on_gpu
-        self._run = self._first_on_gpu if on_gpu else straight_line(self.graphs["lower"])
+        self._run = self._first_on_gpu if on_gpu else native(self.graphs["lower"], form)
 
     def __call__(
         self, structures: Atoms | Sequence[Atoms] | Tensors

@@ -28,6 +28,7 @@ from .decompose import decompose
 from .fold_constants import fold_constants
 from .graph_tools import add_buffer, aten, attribute, copied, finished, gaq, is_call
 from .indices import GATHERS, gather_index, is_sound
+from .plain_sizes import plain_sizes
 from .row_shapes import NARROW, RowShape, row_shapes
 from .sum_rows import sum_rows
 
@@ -46,13 +47,7 @@ VIEWS = {
     aten.clone.default, aten.reshape.default, aten.unsqueeze.default, aten.view.default,
 }
 # fmt: on
-_CREATIONS = {
-    aten.new_ones.default: 1.0,
-    aten.new_zeros.default: 0.0,
-    aten.ones_like.default: 1.0,
-    aten.zeros.default: 0.0,
-    aten.zeros_like.default: 0.0,
-}
+_CREATIONS = {aten.ones.default: 1.0, aten.zeros.default: 0.0}
 _COMPARISONS = {
     aten.eq.Scalar, aten.ge.Scalar, aten.gt.Scalar, aten.le.Scalar, aten.lt.Scalar, aten.lt.Tensor,
 }  # fmt: skip
@@ -136,9 +131,11 @@ def fuse_rows(graph_module: GraphModule, form: GraphFormat, linears: bool = True
         return graph_module
     gm = fold_constants(decompose(graph_module))
     shapes = row_shapes(gm, form)
-    sum_rows(gm, form, shapes)
     _drop_idle_views(gm, shapes)
+    sum_rows(gm, form, shapes)
+    plain_sizes(gm, form, shapes)
     _inline_creations(gm, shapes)
+    _float_integers(gm, shapes)
     groups = [g for g in _groups(gm, shapes, form, linears) if _worth_it(g)]
     return _rebuilt(gm, groups, shapes)
 
@@ -316,7 +313,7 @@ def _worth_it(group: RowGroup) -> bool:
 
 
 def _inline_creations(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
-    """Tensors of ones and zeros that meet others of the same shape become numbers; integer weights floats."""
+    """Tensors of ones and zeros that meet others of the same shape become numbers."""
     for node in list(gm.graph.nodes):
         if node.target not in _CREATIONS or not _is_float(node, shapes):
             continue
@@ -328,14 +325,25 @@ def _inline_creations(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
             shapes[number] = RowShape(None, (), torch.float32)
             for user in users:
                 user.replace_input_with(node, number)
-    for node in [n for n in gm.graph.nodes if n.op == "get_attr" and n in shapes]:
+    gm.graph.eliminate_dead_code()
+
+
+def _float_integers(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
+    """Integers that operators on floats take become floats beforehand, as torch has it."""
+    for node in [n for n in gm.graph.nodes if n in shapes and shapes[n].dtype in (torch.int64, torch.int32)]:
         users = [u for u in node.users if u.target in _EACH and _is_float(u, shapes)]
-        if shapes[node].dtype in (torch.int64, torch.int32) and users:
-            with gm.graph.inserting_after(node):
+        if not users:
+            continue
+        with gm.graph.inserting_after(node):
+            if node.op == "get_attr":
                 number = gm.graph.get_attr(add_buffer(gm, node.name, attribute(gm, node).float()))
-            shapes[number] = replace(shapes[node], dtype=torch.float32)
-            for user in users:
-                user.replace_input_with(node, number)
+            elif shapes[node].rows is not None and node.op != "placeholder":
+                number = gm.graph.call_function(aten._to_copy.default, (node,), {"dtype": torch.float32})
+            else:
+                continue
+        shapes[number] = replace(shapes[node], dtype=torch.float32)
+        for user in users:
+            user.replace_input_with(node, number)
     gm.graph.eliminate_dead_code()
 
 

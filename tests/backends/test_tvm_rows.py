@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 
 pytest.importorskip("tvm")
 
-from gaq_compile.backends.tvm import rows_kernel
+from gaq_compile.backends.tvm import launch
 from gaq_compile.backends.tvm.build import host_target
 from gaq_compile.backends.tvm.rows_kernel import lower_rows
 from gaq_compile.backends.tvm.rows_operators import OPERATORS
@@ -539,7 +539,7 @@ def test_more_rows_than_indices_can_count_go_in_stretches(monkeypatch) -> None:
     fused = g.fused(wide, g(aten.exp.default, y))
     x, y = torch.randn(100, 24), torch.randn(100)
     whole = lower_rows(fused, host_target())[0](x, y)
-    monkeypatch.setattr(rows_kernel, "MAX_ELEMENTS", 24 * 33)
+    monkeypatch.setattr(launch, "MAX_ELEMENTS", 24 * 33)
     parts = lower_rows(fused, host_target())[0](x, y)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 

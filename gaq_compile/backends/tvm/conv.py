@@ -23,11 +23,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
-from ...ir.layout import Block, dim
-from ...ir.specs import tensor_product_spec
+from ...ir.layout import Block
 from .build import compile_kernel
 from .conv_schedule import DEFAULT, ConvSchedule, conv_schedule_from
 from .conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_problem, conv_width
@@ -44,13 +44,12 @@ from .emit import (
     vector,
     vector_lanes,
 )
+from .launch import Choice, Input, Launch, Output, Part
 
-Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]], torch.Tensor]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Backward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]], Gradients]
 
 
-def conv_forward(spec: str, target: str) -> Forward:
+def conv_forward(spec: str, target: str) -> Launch:
     """The compiled convolution ``(x, sh, weight, edges) -> out``.
 
     Args:
@@ -66,53 +65,47 @@ def conv_forward(spec: str, target: str) -> Forward:
         IrrepsError: if the spec violates the selection rules.
         LoweringError: if TVM rejects the kernel.
     """
-    kernel = _kernels("conv", forward_source, spec, target)
-    width = dim(tensor_product_spec(spec).irreps_out)
+    problem = conv_problem(spec)
+    widths = [(conv_width(problem, name),) for name in ("x", "sh", "weight", "out")]
+    tensors = [Input(k, row) for k, row in enumerate(widths[:3])]
+    edges = [Input(3 + k, dtype=torch.int32) for k in (0, 2, 3)]
 
-    def run(
-        x: torch.Tensor, sh: torch.Tensor, weight: torch.Tensor, edges: list[torch.Tensor]
-    ) -> torch.Tensor:
-        if sh.shape[0] == 0:
-            return x.new_zeros((x.shape[0], width))
-        out = x.new_empty((x.shape[0], width))
-        kernel(sh.shape[0])(x, sh, weight, edges[0], edges[2], edges[3], out)
-        return out
+    def nothing(x: torch.Tensor, *_: Any) -> torch.Tensor:
+        return x.new_zeros((x.shape[0], *widths[3]))
 
-    return run
+    parts: tuple[Part, ...] = (*tensors, *edges, Output(0, widths[3]))
+    return Launch(parts, _kernels("conv", forward_source, spec, target), counted=1, empty=nothing)
 
 
-def conv_backward(spec: str, target: str) -> Backward:
+def conv_backward(spec: str, target: str) -> Launch:
     """The compiled gradient ``(grad, x, sh, weight, edges) -> (grad_x, grad_sh, grad_weight)``.
 
     ``grad`` is (N, dim_out); the other arguments, shapes and errors are :func:`conv_forward`'s.
     """
-    kernel = _kernels("conv_backward", backward_source, spec, target)
+    problem = conv_problem(spec)
+    widths = [(conv_width(problem, name),) for name in ("out", "x", "sh", "weight")]
+    tensors = [Input(k, row) for k, row in enumerate(widths)]
+    edges = [Input(4 + k, dtype=torch.int32) for k in (1, 4, 5)]
+    made = [Output(k, row) for k, row in enumerate(widths[1:], start=1)]
 
-    def run(
-        grad: torch.Tensor,
-        x: torch.Tensor,
-        sh: torch.Tensor,
-        weight: torch.Tensor,
-        edges: list[torch.Tensor],
+    def nothing(
+        grad: torch.Tensor, x: torch.Tensor, sh: torch.Tensor, weight: torch.Tensor, *_: Any
     ) -> Gradients:
-        if sh.shape[0] == 0:
-            return torch.zeros_like(x), torch.zeros_like(sh), torch.zeros_like(weight)
-        grad_x, grad_sh, grad_weight = torch.empty_like(x), torch.empty_like(sh), torch.empty_like(weight)
-        kernel(sh.shape[0])(grad, x, sh, weight, edges[1], edges[4], edges[5], grad_x, grad_sh, grad_weight)
-        return grad_x, grad_sh, grad_weight
+        return torch.zeros_like(x), torch.zeros_like(sh), torch.zeros_like(weight)
 
-    return run
+    kernels = _kernels("conv_backward", backward_source, spec, target)
+    return Launch((*tensors, *edges, *made), kernels, counted=2, several=True, empty=nothing)
 
 
 def _kernels(
     family: str, source: Callable[[str, int, ConvSchedule], str], spec: str, target: str
-) -> Callable[[int], Callable[..., None]]:
+) -> Callable[[int], Choice]:
     """``edges -> kernel``: the default's, or the one that is tuned for so many edges."""
     lanes = vector_lanes(target)
     stored = tuned(family, {"spec": spec}, target, threads(), conv_schedule_from)
-    best = {rows: compile_kernel(source(spec, lanes, s), target) for rows, s in stored.items()}
-    default = compile_kernel(source(spec, lanes, DEFAULT), target)
-    return (lambda edges: best.get(bucket(edges), default)) if best else (lambda edges: default)
+    best = {rows: Choice(compile_kernel(source(spec, lanes, s), target)) for rows, s in stored.items()}
+    default = Choice(compile_kernel(source(spec, lanes, DEFAULT), target))
+    return lambda edges: best.get(bucket(edges), default)
 
 
 @lru_cache(maxsize=256)

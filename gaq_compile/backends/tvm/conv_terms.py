@@ -89,13 +89,12 @@ def _buffer(problem: Problem, name: str) -> tuple[str, str]:
     if name == "ptr":
         return "ends", "int32"
     tensor = "out" if name == "grad" else name.removeprefix("grad_")
-    width = problem.spec.weight_numel if tensor == "weight" else conv_width(problem, tensor)
-    return f"{'edges' if tensor in ('sh', 'weight') else 'nodes'}, {width}", "float32"
+    return f"{'edges' if tensor in ('sh', 'weight') else 'nodes'}, {conv_width(problem, tensor)}", "float32"
 
 
 def conv_width(problem: Problem, tensor: str) -> int:
-    """Elements of a row of x, sh or out."""
-    return dim(getattr(problem.spec, f"irreps_{tensor}"))
+    """Elements of a row of x, sh, weight or out."""
+    return problem.spec.weight_numel if tensor == "weight" else dim(getattr(problem.spec, f"irreps_{tensor}"))
 
 
 @lru_cache(maxsize=256)

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
 from e3nn.o3 import Irreps
-from torch import Tensor
 
 from ...errors import IrrepsError, LoweringError
 from ...ir.layout import blocks, dim, simplified
@@ -21,6 +19,7 @@ from ...ir.specs import GateSpec, gate_spec
 from ...operators.activations import split
 from .build import compile_kernel
 from .emit import block_lanes, kernel_text, vector
+from .launch import Input, Launch, Output, always
 from .row_kernel import LANES, Emitter, at, row_loop, tiled
 
 _LOG2 = 0.6931471805599453
@@ -43,7 +42,7 @@ class _Range:
     components: int = 0
 
 
-def lower_gate(spec: str, target: str) -> Callable[[Tensor], Tensor]:
+def lower_gate(spec: str, target: str) -> Launch:
     """The compiled gate, x (N, dim_in) -> y (N, dim_out), float32, contiguous, component-major.
 
     Args:
@@ -54,27 +53,17 @@ def lower_gate(spec: str, target: str) -> Callable[[Tensor], Tensor]:
         IrrepsError: if gates do not fit the blocks they scale.
         LoweringError: for an activation without a kernel, or if TVM rejects the kernel.
     """
-    kernel = compile_kernel(gate_source(spec), target)
-    width = dim(gate_spec(spec).irreps_out)
-
-    def run(x: Tensor) -> Tensor:
-        y = torch.empty((x.shape[0], width))
-        kernel(x, y)
-        return y
-
-    return run
+    parsed = gate_spec(spec)
+    parts = (Input(0, (dim(parsed.irreps_in),)), Output(0, (dim(parsed.irreps_out),)))
+    return Launch(parts, always(compile_kernel(gate_source(spec), target)))
 
 
-def lower_gate_backward(spec: str, target: str) -> Callable[[Tensor, Tensor], Tensor]:
+def lower_gate_backward(spec: str, target: str) -> Launch:
     """The compiled gradient (grad (N, dim_out), x (N, dim_in)) -> grad_x; else as :func:`lower_gate`."""
-    kernel = compile_kernel(gate_backward_source(spec), target)
-
-    def run(grad: Tensor, x: Tensor) -> Tensor:
-        gx = torch.empty_like(x)
-        kernel(grad, x, gx)
-        return gx
-
-    return run
+    parsed = gate_spec(spec)
+    width = (dim(parsed.irreps_in),)
+    parts = (Input(0, (dim(parsed.irreps_out),)), Input(1, width), Output(1, width))
+    return Launch(parts, always(compile_kernel(gate_backward_source(spec), target)))
 
 
 @lru_cache(maxsize=256)

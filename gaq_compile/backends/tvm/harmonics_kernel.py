@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
-import torch
-from torch import Tensor
-
 from ...errors import IrrepsError
 from ...ir.layout import blocks
 from ...operators.harmonics import recursion, scale_factor
 from .build import compile_kernel
 from .emit import kernel_text, local, loop, signed_sum, vector
+from .launch import Input, Launch, Output, always
 from .row_kernel import LANES, Emitter, row_loop
 
 _SMALLEST = 1e-12  # Å; shorter vectors are divided by this
@@ -24,9 +22,7 @@ _NONZERO = 1e-12  # recursion constants below are rounding of zero
 _NORMALIZATIONS = ("norm", "component", "integral")
 
 
-def lower_harmonics(
-    irreps: str, normalize: bool, normalization: str, target: str
-) -> Callable[[Tensor], Tensor]:
+def lower_harmonics(irreps: str, normalize: bool, normalization: str, target: str) -> Launch:
     """The compiled harmonics, vec (N, 3) -> (N, sum(2l+1)), float32, contiguous.
 
     Args:
@@ -40,28 +36,14 @@ def lower_harmonics(
         LoweringError: if TVM rejects the kernel.
     """
     kernel = compile_kernel(harmonics_source(irreps, normalize, normalization), target)
-    width = harmonics_width(irreps, normalization)
-
-    def run(vec: Tensor) -> Tensor:
-        sh = torch.empty((vec.shape[0], width))
-        kernel(vec, sh)
-        return sh
-
-    return run
+    return Launch((Input(0, (3,)), Output(0, (harmonics_width(irreps, normalization),))), always(kernel))
 
 
-def lower_harmonics_backward(
-    irreps: str, normalize: bool, normalization: str, target: str
-) -> Callable[[Tensor, Tensor], Tensor]:
+def lower_harmonics_backward(irreps: str, normalize: bool, normalization: str, target: str) -> Launch:
     """The compiled gradient (grad (N, sum(2l+1)), vec (N, 3)) -> (N, 3); else :func:`lower_harmonics`."""
     kernel = compile_kernel(harmonics_backward_source(irreps, normalize, normalization), target)
-
-    def run(grad: Tensor, vec: Tensor) -> Tensor:
-        gvec = torch.empty_like(vec)
-        kernel(grad, vec, gvec)
-        return gvec
-
-    return run
+    grad = Input(0, (harmonics_width(irreps, normalization),))
+    return Launch((grad, Input(1, (3,)), Output(1, (3,))), always(kernel))
 
 
 @lru_cache(maxsize=64)

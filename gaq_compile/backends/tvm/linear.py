@@ -26,7 +26,7 @@ from .build import compile_kernel
 from .database import bucket, threads, tuned
 from .dense_kernel import arguments, dense_text, sizes
 from .dense_plan import DensePlan, DenseSchedule, LinearProblem, Product, groups, make_plan, padded
-from .row_kernel import MAX_ELEMENTS
+from .launch import Choice, Input, Launch, Output, most_rows
 from .vnni import has_vnni
 
 __all__ = [
@@ -64,41 +64,35 @@ class LinearKernel:
     def __call__(self, x: Tensor) -> Tensor:
         dim_in, dim_out = self._dims
         check_input(x, dim_in, self.plan)
-        x = x.contiguous()
-        rows = x.shape[0]
-        y = torch.empty((rows, dim_out), dtype=torch.float32)
-        if 0 < rows <= self._few_rows:  # the shortest way, for small molecules
-            self._serial(x, y, *self.constants, self.plan.schedule.task_rows)
-        else:
-            self.run(x, y)
+        return self.launch(x.contiguous()) if dim_out else torch.empty((x.shape[0], 0))
+
+    @cached_property
+    def launch(self) -> Launch:
+        """The call as data."""
+        dim_in, dim_out = self._dims
+        parts = (Input(0, (dim_in,)), Output(0, (dim_out,)))
+        return Launch(parts, self._choose, empty=self._written, longer=self._written)
+
+    def _written(self, x: Tensor) -> Tensor:
+        y = torch.empty((x.shape[0], self._dims[1]))
+        self.run(x, y)
         return y
-
-    @cached_property
-    def _limit(self) -> int:
-        return MAX_ELEMENTS // max(*self._dims, 1)
-
-    @cached_property
-    def _few_rows(self) -> int:
-        """Rows up to which this very kernel runs, on the calling thread."""
-        known = not self.tuned and self._dims[1] > 0
-        return self.plan.schedule.serial_work // max(1, self.plan.work_per_row) if known else 0
 
     def run(self, x: Tensor, y: Tensor) -> None:
         """Write the result for x (N, dim_in) into y (N, dim_out); both contiguous float32."""
-        rows, limit = x.shape[0], self._limit
+        rows, limit = x.shape[0], most_rows(max(self._dims))
         if rows > limit:
             for start in range(0, rows, limit):
                 self.run(x[start : start + limit], y[start : start + limit])
         elif rows and self._dims[1]:
-            self._for(rows)._launch(x, y)
+            choice = self._choose(rows)
+            choice.function(x, y, *choice.more)
 
-    def _for(self, rows: int) -> LinearKernel:
-        """The kernel that is tuned for so many rows, or this one."""
-        return next((k for size, k in self.tuned if size == bucket(rows)), self) if self.tuned else self
-
-    def _launch(self, x: Tensor, y: Tensor) -> None:
-        parallel, task = launch(self.plan, x.shape[0], threads())
-        (self._parallel if parallel else self._serial)(x, y, *self.constants, task)
+    def _choose(self, rows: int) -> Choice:
+        """What is tuned for so many rows, or the default; on all threads where that pays."""
+        kernel = next((k for size, k in self.tuned if size == bucket(rows)), self) if self.tuned else self
+        parallel, task = launch(kernel.plan, rows, threads())
+        return Choice(kernel._parallel if parallel else kernel._serial, (*kernel.constants, task))
 
     @cached_property
     def _dims(self) -> tuple[int, int]:

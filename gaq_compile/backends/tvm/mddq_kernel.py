@@ -7,7 +7,6 @@ it: all layers of one shape share one kernel, and a division by a constant would
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -18,10 +17,11 @@ from ...errors import IrrepsError, LoweringError
 from ...ir.layout import Block, blocks, channels, dim, simplified
 from .build import compile_kernel
 from .emit import block_lanes, kernel_text, vector
+from .launch import Input, Launch, Output, always
 from .row_kernel import LANES, Emitter, at, row_loop, tiled
 
 
-def lower_mddq(irreps: str, scheme: str, scale: Tensor, target: str) -> Callable[[Tensor], Tensor]:
+def lower_mddq(irreps: str, scheme: str, scale: Tensor, target: str) -> Launch:
     """The compiled ``numerics.activations.fake_quantize``, x (N, dim) -> xhat (N, dim).
 
     Args:
@@ -39,33 +39,19 @@ def lower_mddq(irreps: str, scheme: str, scale: Tensor, target: str) -> Callable
         raise LoweringError(
             "activations on a common grid have a kernel only together with integer weights", where=scheme
         )
-    steps = channel_steps(scale, irreps)
+    steps, width = channel_steps(scale, irreps), (dim(irreps),)
     kernel = compile_kernel(mddq_source(irreps, scheme), target)
-
-    def run(x: Tensor) -> Tensor:
-        xhat = torch.empty_like(x)
-        kernel(x, steps, xhat)
-        return xhat
-
-    return run
+    return Launch((Input(0, width), steps, Output(0, width)), always(kernel))
 
 
-def lower_mddq_backward(
-    irreps: str, scheme: str, scale: Tensor, target: str
-) -> Callable[[Tensor, Tensor], Tensor]:
+def lower_mddq_backward(irreps: str, scheme: str, scale: Tensor, target: str) -> Launch:
     """The compiled ``fake_quantize_backward``, (grad, x) -> grad_x, all (N, dim); see :func:`lower_mddq`.
 
     Gradients of a common grid are those of the same scheme without it.
     """
-    steps = channel_steps(scale, irreps)
+    steps, width = channel_steps(scale, irreps), (dim(irreps),)
     kernel = compile_kernel(mddq_backward_source(irreps, scheme), target)
-
-    def run(grad: Tensor, x: Tensor) -> Tensor:
-        gx = torch.empty_like(x)
-        kernel(grad, x, steps, gx)
-        return gx
-
-    return run
+    return Launch((Input(0, width), Input(1, width), steps, Output(1, width)), always(kernel))
 
 
 @lru_cache(maxsize=256)

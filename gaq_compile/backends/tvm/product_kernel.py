@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from ...ir.layout import Block, blocks, dim
@@ -19,12 +18,13 @@ from ...ir.specs import TensorProductSpec, tensor_product_spec
 from .build import compile_kernel
 from .conv_terms import Pair, PathTerms, Problem, conv_problem
 from .emit import block_lanes, kernel_text, literal, local, signed_sum, splat, vector
+from .launch import Input, Launch, Output, Part, always
 from .row_kernel import LANES, Emitter, at, row_loop, tiled
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def lower_product(spec: str, target: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def lower_product(spec: str, target: str) -> Launch:
     """The compiled product (x (N, dim_x), sh (N, dim_sh), weight (N, weight_numel)) -> y (N, dim_out).
 
     Args:
@@ -35,27 +35,18 @@ def lower_product(spec: str, target: str) -> Callable[[Tensor, Tensor, Tensor], 
         IrrepsError: if the spec violates the selection rules.
         LoweringError: if TVM rejects the kernel.
     """
-    kernel = compile_kernel(product_source(spec), target)
-    width = dim(tensor_product_spec(spec).irreps_out)
-
-    def run(x: Tensor, sh: Tensor, weight: Tensor) -> Tensor:
-        y = torch.empty((x.shape[0], width))
-        kernel(x, sh, weight, y)
-        return y
-
-    return run
+    *given, out = ((width,) for width in _widths(tensor_product_spec(spec)).values())
+    parts: tuple[Part, ...] = (*(Input(k, row) for k, row in enumerate(given)), Output(0, out))
+    return Launch(parts, always(compile_kernel(product_source(spec), target)))
 
 
-def lower_product_backward(spec: str, target: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Gradients]:
+def lower_product_backward(spec: str, target: str) -> Launch:
     """The compiled gradients (grad, x, sh, weight) -> (gx, gsh, gw); else as :func:`lower_product`."""
+    *given, out = ((width,) for width in _widths(tensor_product_spec(spec)).values())
+    tensors = [Input(k, row) for k, row in enumerate((out, *given))]
+    made = [Output(k, row) for k, row in enumerate(given, start=1)]
     kernel = compile_kernel(product_backward_source(spec), target)
-
-    def run(grad: Tensor, x: Tensor, sh: Tensor, weight: Tensor) -> Gradients:
-        gx, gsh, gw = torch.empty_like(x), torch.empty_like(sh), torch.empty_like(weight)
-        kernel(grad, x, sh, weight, gx, gsh, gw)
-        return gx, gsh, gw
-
-    return run
+    return Launch((*tensors, *made), always(kernel), several=True)
 
 
 @lru_cache(maxsize=256)

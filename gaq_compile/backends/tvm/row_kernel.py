@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from .emit import literal, loop, splat
 
 LANES = 16  # channels handled at once; LLVM splits them on targets with narrower registers
-MAX_ELEMENTS = 2**31 - 2**16  # a kernel's indices are 32-bit; longer inputs go in stretches of rows
 _SERIAL_WORK = 16384  # floats touched below which threads cost more than they bring
 _BLOCK_WORK = 4096  # floats touched per block of rows
 

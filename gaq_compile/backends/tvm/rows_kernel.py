@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ...passes.fuse_rows import FusedRows
-from .build import compile_kernel, kernel_argument
+from .build import compile_kernel
 from .dense_kernel import Frame, arguments, task_lines, tile_buffers
 from .emit import block_lanes, kernel_text, literal, loop, splat
+from .launch import Input, Launch, Output, always, most_rows, refuse
 from .linear import LinearKernel
-from .row_kernel import LANES, MAX_ELEMENTS, Emitter, row_loop
+from .row_kernel import LANES, Emitter, row_loop
 from .rows_operators import components, emit_operator
 from .rows_plan import Argument, Plan, Stage, Step, UnsupportedRowsError, cat_axis, kept_values, make_plan
 from .rows_values import TILE, Base, View, contiguous_strides
@@ -37,9 +38,7 @@ DTYPES = {
 }
 
 
-def lower_rows(
-    fused: FusedRows, target: str
-) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[LinearKernel, ...]]:
+def lower_rows(fused: FusedRows, target: str) -> tuple[Launch, tuple[LinearKernel, ...]]:
     """The compiled group: its arguments in order -> its results; and the linears in it.
 
     Args:
@@ -56,32 +55,24 @@ def lower_rows(
     by_row = [p for p, a in enumerate(plan.arguments) if a.kind in ("rows", "index")]
     if not by_row:
         raise UnsupportedRowsError("nothing says how many rows there are")
-    kernel = compile_kernel(rows_source(plan), target)
-    lead = by_row[0]
-    single = [p for p, a in enumerate(plan.arguments) if a.single]
-    flags = [p for p, a in enumerate(plan.arguments) if a.dtype is torch.bool]
+    outside = [a for a in plan.arguments if a.name not in plan.constants]
+    tensors = [
+        Input(k, a.row, a.dtype, has_rows=a.kind != "fixed") for k, a in zip(used, outside, strict=True)
+    ]
     constants = [value.contiguous() for value in plan.constants.values()]
     constants += [packed for linear in plan.linears.values() for packed in linear.constants]
-    held = [kernel_argument(value) for value in constants]
-    results = [(row, dtype) for _, row, dtype in plan.outputs]
-    widest = max(math.prod(row) for row in (*(a.row for a in plan.arguments), *(r for r, _ in results)))
-    limit = MAX_ELEMENTS // max(1, widest)
-    flagged = any(dtype is torch.bool for _, dtype in results)
+    lead = used[by_row[0]]
+    made = [Output(lead, row, dtype) for _, row, dtype in plan.outputs]
+    widest = max(math.prod(row) for row in (*(i.row for i in tensors), *(o.row for o in made)))
 
-    def run(*arguments: Any) -> tuple[Tensor, ...]:
-        tensors = [arguments[k] for k in used]
-        n = tensors[lead].shape[0]
-        if n > limit:  # a kernel's indices are 32-bit
-            return in_stretches(run, arguments, [used[p] for p in by_row], n, limit)
-        found = [torch.empty((n, *row), dtype=dtype) for row, dtype in results]
-        for p in single:
-            tensors[p] = tensors[p].view(1)
-        for p in flags:
-            tensors[p] = tensors[p].view(torch.int8)
-        written = [t.view(torch.int8) if t.dtype is torch.bool else t for t in found] if flagged else found
-        kernel(*tensors, *held, *written)
-        return tuple(found)
+    def longer(*arguments: Any) -> tuple[Tensor, ...]:
+        rows, limit = arguments[lead].shape[0], most_rows(widest)
+        if rows <= limit:  # it is a table that is too long
+            return refuse(*arguments)
+        return in_stretches(run, arguments, [used[p] for p in by_row], rows, limit)
 
+    chosen = always(compile_kernel(rows_source(plan), target))
+    run = Launch((*tensors, *constants, *made), chosen, counted=lead, several=True, longer=longer)
     return run, tuple(plan.linears.values())
 
 

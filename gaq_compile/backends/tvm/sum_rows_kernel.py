@@ -7,23 +7,22 @@ the same bits. Looking costs little beside adding: the parts are as many as a ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from ...operators.reference import sum_rows
 from .build import compile_kernel
 from .emit import block_lanes, kernel_text, loop, splat, vector
-from .row_kernel import LANES, MAX_ELEMENTS
+from .launch import Input, Launch, Output, always
+from .row_kernel import LANES
 
 _SERIAL_WORK = 16384  # floats added below which threads cost more than they bring
 _WIDTH_PER_PART = 4
 _MOST_PARTS = 64
 
 
-def lower_sum_rows(width: int, target: str) -> Callable[[Tensor, Tensor, int], Tensor]:
+def lower_sum_rows(width: int, target: str) -> Launch:
     """The compiled sum (values (E, ...), index (E,) int64, rows) -> (rows, ...), float32.
 
     Args:
@@ -33,16 +32,9 @@ def lower_sum_rows(width: int, target: str) -> Callable[[Tensor, Tensor, int], T
     Raises:
         LoweringError: if TVM rejects the kernel.
     """
+    values, index = Input(0, (width,)), Input(1, dtype=torch.int64)
     kernel = compile_kernel(sum_rows_source(width), target)
-
-    def run(values: Tensor, index: Tensor, rows: int) -> Tensor:
-        if values.numel() > MAX_ELEMENTS:
-            return sum_rows(values, index, rows)
-        out = torch.empty((rows, *values.shape[1:]))
-        kernel(values.view(len(index), width), index, out.view(rows, width))
-        return out
-
-    return run
+    return Launch((values, index, Output(2, (width,), like=0)), always(kernel), longer=sum_rows)
 
 
 @lru_cache(maxsize=256)

@@ -8,6 +8,7 @@ What is written so waits for no kernel, and is the same as long as the structure
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -72,9 +73,19 @@ class _Sizes:
     def of(self, rows: str) -> Node:
         if rows not in self.found:
             with self.gm.graph.inserting_after(self.inputs[-1]):
-                args = (self.source[rows], 0)
-                self.found[rows] = self.gm.graph.call_function(aten.sym_size.int, args)
+                self.found[rows] = self._asked(rows)
         return self.found[rows]
+
+    def _asked(self, rows: str) -> Node:
+        if rows in self.source:
+            return self._size(self.source[rows])
+        pointers = next(n for n in self.inputs if n.target == "ptr")  # one more than there are graphs
+        ends = self._size(pointers)
+        with self.gm.graph.inserting_after(ends):
+            return self.gm.graph.call_function(operator.sub, (ends, 1))
+
+    def _size(self, node: Node) -> Node:
+        return self.gm.graph.call_function(aten.sym_size.int, (node, 0))
 
 
 def _is_known(shape: RowShape | None) -> bool:

@@ -23,6 +23,7 @@ from .capture.graphs import (
     check_structures,
     check_tensors,
     collate,
+    in_pairs,
 )
 from .config import QuantConfig, rounds_only_invariants
 from .errors import CalibrationWarning
@@ -122,13 +123,15 @@ class Potential:
     def evaluate(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Raw outputs for the graph's own tensors.
 
+        Edges are brought into the order of :func:`.graphs.in_pairs` where they are in another.
+
         Raises:
             StructureError: if a tensor is missing, has another type or shape than the graph takes, is
-                not finite, or points at atoms that are not there.
+                not finite, or points at atoms that are not there; or if an edge has no reverse.
             UnknownElementError: for an element that the potential was not trained on.
         """
         check_tensors(tensors, self.form)
-        return self._evaluate(tensors)
+        return self._evaluate(in_pairs(tensors, self.form))
 
     def _evaluate(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """The graph's answer for tensors that are known to be sound."""

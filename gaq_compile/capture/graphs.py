@@ -2,6 +2,11 @@
 
 Edges are directed pairs within the cutoff: receiver ``i``, sender ``j``, edge vector
 ``r_j - r_i + S @ cell`` (Å). Several structures become one batch of disconnected graphs.
+
+Edges come in pairs: of E edges, edge ``e + E/2`` is the reverse of edge ``e``, with the same ends
+swapped and exactly the negative vector. What depends on a length alone is then known to be the same
+in both halves. The first half holds the first halves of all structures, the second their reverses
+in the same order. Long-range pairs come likewise.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ TENSOR_NAMES = (
     "edge_vec_lr", "receivers_lr", "senders_lr",
     "batch", "ptr", "charge", "spin",
 )  # fmt: skip
+# Each list of edges: its vectors and their ends. All come in pairs, in the order that the module states.
 EDGE_VECTORS = {"edge_vec": ("receivers", "senders"), "edge_vec_lr": ("receivers_lr", "senders_lr")}
 
 
@@ -88,7 +94,7 @@ class GraphFormat:
 
     Attributes:
         inputs: the names of the tensors that the captured graph takes, in order
-            (see ``TENSOR_NAMES``, or a model's own).
+            (see ``TENSOR_NAMES``, or a model's own). Edges are in pairs, see :func:`in_pairs`.
         cutoff: radius of the edges, Å.
         cutoff_lr: radius of the long-range pairs, Å, where the potential has them.
         elements: atomic numbers that the potential knows (empty: any).
@@ -131,15 +137,29 @@ class GraphFormat:
 
 
 def neighbours(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Directed pairs within ``cutoff`` Å: receivers i, senders j, edge vectors (float64)."""
+    """Directed pairs within ``cutoff`` Å: receivers i, senders j, edge vectors (float64).
+
+    Of E pairs, the second E/2 are the reverses of the first, in the same order; the first are sorted
+    by receiver, then sender.
+    """
+    i, j, vectors = _half(atoms, cutoff)
+    return np.concatenate([i, j]), np.concatenate([j, i]), np.concatenate([vectors, -vectors])
+
+
+def _half(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One direction of each pair within ``cutoff`` Å, sorted by its ends, the first the lower one.
+
+    Of an atom's pairs with its own images at S and -S, one.
+    """
     from vesin import NeighborList
 
     box = atoms.cell.array if atoms.pbc.any() else np.zeros((3, 3))
-    finder = NeighborList(cutoff=cutoff, full_list=True, sorted=True)
+    finder = NeighborList(cutoff=cutoff, full_list=False)
     i, j, vectors = finder.compute(
         points=atoms.positions, box=box, periodic=tuple(bool(p) for p in atoms.pbc), quantities="ijD"
     )
-    return i.astype(np.int64), j.astype(np.int64), np.asarray(vectors, dtype=np.float64)
+    order = np.lexsort((j, i))
+    return i[order].astype(np.int64), j[order].astype(np.int64), vectors[order].astype(np.float64)
 
 
 def collate(structures: Sequence[Atoms], form: GraphFormat, *, check: bool = True) -> Tensors:
@@ -151,7 +171,7 @@ def collate(structures: Sequence[Atoms], form: GraphFormat, *, check: bool = Tru
         check: look for NaN positions, coincident atoms and unknown elements first.
 
     Returns:
-        The tensors that ``form.inputs`` names, float32 and int64.
+        The tensors that ``form.inputs`` names, float32 and int64; edges in pairs.
 
     Raises:
         StructureError: for bad or empty structures.
@@ -262,6 +282,67 @@ def _check_graph(tensors: Mapping[str, Tensor], form: GraphFormat) -> None:
             raise StructureError(f"{len(tensors[name])} entries of {name} for {len(sizes)} graphs")
 
 
+def in_pairs(tensors: Mapping[str, Tensor], form: GraphFormat) -> Mapping[str, Tensor]:
+    """Tensors whose edges come in pairs: edge ``e + E/2`` is the reverse of edge ``e``.
+
+    Args:
+        tensors: what :func:`check_tensors` accepts, with edges in any order.
+        form: the potential's. One without edge vectors, or with positions of its own, has no pairs.
+
+    Returns:
+        ``tensors`` itself where its edges are in this order; else a copy in which edge vectors,
+        receivers and senders are permuted together, the first half sorted by receiver, then sender.
+
+    Raises:
+        StructureError: if an edge has no reverse whose vector is its exact negative (-0 is 0).
+    """
+    if form.positions is not None:
+        return tensors
+    permuted: Tensors = {}
+    for vectors, ends in EDGE_VECTORS.items():
+        names = (vectors, *ends)
+        if not set(names) <= set(form.inputs) or _paired(*(tensors[name] for name in names)):
+            continue
+        order = _pairing(names, [tensors[name].detach().numpy() for name in names])
+        permuted |= {name: tensors[name][order] for name in names}
+    return {**tensors, **permuted} if permuted else tensors
+
+
+def _paired(vectors: Tensor, receivers: Tensor, senders: Tensor) -> bool:
+    half = len(vectors) // 2
+    return (
+        len(vectors) % 2 == 0
+        and torch.equal(receivers[half:], senders[:half])
+        and torch.equal(senders[half:], receivers[:half])
+        and torch.equal(vectors[half:], -vectors[:half])
+    )
+
+
+def _pairing(names: Sequence[str], arrays: Sequence[np.ndarray]) -> Tensor:
+    """The permutation that brings edges into pairs; raises what :func:`in_pairs` says."""
+    vectors, receivers, senders = arrays
+    x, y, z = vectors.T
+    # Of the two directions of a pair, the first has the lower receiver; an atom and its own image
+    # tell them apart by the sign of the vector's first component that is not 0.
+    upwards = (x > 0) | ((x == 0) & ((y > 0) | ((y == 0) & (z > 0))))
+    first = (receivers < senders) | ((receivers == senders) & upwards)
+    sign = np.where(first, 1, -1).astype(vectors.dtype)
+    keys = [np.minimum(receivers, senders), np.maximum(receivers, senders), *(vectors * sign[:, None]).T]
+    order = np.lexsort(keys[::-1])
+    there, back = order[first[order]], order[~first[order]]
+    if len(there) != len(back) or not all(np.array_equal(key[there], key[back]) for key in keys):
+        # Groups of edges with the same ends and vector: each has as many of one direction as of the other.
+        _, group = np.unique(np.stack(keys, axis=1) + 0.0, axis=0, return_inverse=True)
+        surplus = np.bincount(group.ravel(), weights=sign)[group.ravel()]
+        edge = int(np.flatnonzero(surplus * sign > 0)[0])
+        raise StructureError(
+            f"edge {edge} of {len(vectors)} has no reverse",
+            where=", ".join(f"{name} {a[edge].tolist()}" for name, a in zip(names, arrays, strict=True)),
+            fix="give both directions of every edge, with vectors that are exact negatives",
+        )
+    return torch.from_numpy(np.concatenate([there, back]))
+
+
 def _symbols(numbers: Sequence[int]) -> str:
     from ase.data import chemical_symbols
 
@@ -270,13 +351,14 @@ def _symbols(numbers: Sequence[int]) -> str:
 
 
 def _edges(structures: Sequence[Atoms], ptr: np.ndarray, cutoff: float, suffix: str) -> dict[str, np.ndarray]:
-    parts = [neighbours(atoms, cutoff) for atoms in structures]
+    parts = [_half(atoms, cutoff) for atoms in structures]
+    i = np.concatenate([i + start for (i, _, _), start in zip(parts, ptr, strict=False)])
+    j = np.concatenate([j + start for (_, j, _), start in zip(parts, ptr, strict=False)])
+    vectors = np.concatenate([v for _, _, v in parts]).astype(np.float32)
     return {
-        f"receivers{suffix}": np.concatenate(
-            [i + start for (i, _, _), start in zip(parts, ptr, strict=False)]
-        ),
-        f"senders{suffix}": np.concatenate([j + start for (_, j, _), start in zip(parts, ptr, strict=False)]),
-        f"edge_vec{suffix}": np.concatenate([v for _, _, v in parts]).reshape(-1, 3).astype(np.float32),
+        f"receivers{suffix}": np.concatenate([i, j]),
+        f"senders{suffix}": np.concatenate([j, i]),
+        f"edge_vec{suffix}": np.concatenate([vectors, -vectors]),
     }
 
 

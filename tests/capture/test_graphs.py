@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import numpy as np
@@ -13,6 +14,9 @@ import torch
 from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 from ase.neighborlist import neighbor_list
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from gaq_compile.capture.graphs import (
     TENSOR_NAMES,
@@ -20,11 +24,22 @@ from gaq_compile.capture.graphs import (
     GraphFormat,
     calibrated_range,
     collate,
+    in_pairs,
     neighbours,
 )
 from gaq_compile.errors import StructureError, UnknownElementError
 
 FORM = GraphFormat(TENSOR_NAMES, 3.0, 6.0, elements=(1, 6, 8))
+
+COPPER = bulk("Cu", a=3.6)  # one atom: every edge leads to an image of itself
+STRUCTURES = {
+    "molecule": [molecule("CH3CH2OH")],
+    "one atom": [Atoms("O")],
+    "crystal": [bulk("C", cubic=True)],
+    "one-atom cell": [COPPER],
+    "slab": [fcc111("Cu", (1, 2, 2))],
+    "batch": [molecule("H2O"), Atoms("O"), COPPER, molecule("CH4"), bulk("C")],
+}
 
 
 def _sorted(i, j, vectors):
@@ -54,15 +69,117 @@ def test_slab():
     assert len(neighbours(slab, 4.0)[0]) == len(neighbor_list("i", slab, 4.0))
 
 
-def test_every_edge_has_its_reverse():
-    tensors = collate([bulk("C", cubic=True)], FORM)
-    edges = torch.cat(
-        [tensors["receivers"][:, None], tensors["senders"][:, None], tensors["edge_vec"].double()], 1
-    )
-    back = torch.cat([edges[:, 1:2], edges[:, :1], -edges[:, 2:]], 1)
-    assert np.allclose(
-        np.unique(edges.round(decimals=4), axis=0), np.unique(back.round(decimals=4) + 0.0, axis=0)
-    )
+@pytest.mark.parametrize("structures", STRUCTURES.values(), ids=STRUCTURES)
+def test_edges_come_in_pairs(structures):
+    """Both lists, against the full one; the cutoffs span several lattice constants of copper."""
+    form = GraphFormat(TENSOR_NAMES, 4.1, 11.0)
+    tensors = collate(structures, form)
+    starts = tensors["ptr"].tolist()
+    for suffix, cutoff in (("", form.cutoff), ("_lr", form.cutoff_lr)):
+        names = (f"edge_vec{suffix}", f"receivers{suffix}", f"senders{suffix}")
+        vectors, receivers, senders = (tensors[name] for name in names)
+        half = len(vectors) // 2
+        assert torch.equal(receivers[half:], senders[:half])
+        assert torch.equal(senders[half:], receivers[:half])
+        assert torch.equal(vectors[half:], -vectors[:half])
+        first = list(zip(receivers[:half].tolist(), senders[:half].tolist(), strict=True))
+        assert first == sorted(first) and all(i <= j for i, j in first)
+        found = [neighbor_list("ijD", atoms, cutoff) for atoms in structures]
+        i, j = (np.concatenate([f[k] + n for f, n in zip(found, starts, strict=False)]) for k in (0, 1))
+        expected = _sorted(i, j, np.concatenate([f[2] for f in found]))
+        assert np.allclose(_sorted(receivers, senders, vectors), expected, atol=1e-4)
+    assert in_pairs(tensors, form) is tensors
+
+
+def _shuffled(tensors: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    shuffled = dict(tensors)
+    for suffix in ("", "_lr"):
+        order = torch.randperm(
+            len(tensors[f"edge_vec{suffix}"]), generator=torch.Generator().manual_seed(seed)
+        )
+        for name in ("edge_vec", "receivers", "senders"):
+            shuffled[name + suffix] = tensors[name + suffix][order]
+    return shuffled
+
+
+def _rows(tensors: Mapping[str, Tensor], suffix: str) -> list[list[float]]:
+    ends = torch.stack([tensors[f"receivers{suffix}"], tensors[f"senders{suffix}"]], 1).double()
+    return sorted(torch.cat([ends, tensors[f"edge_vec{suffix}"].double() + 0.0], 1).tolist())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    atoms=st.integers(1, 3),
+    half=st.lists(st.tuples(*[st.integers(0, 2)] * 2, *[st.sampled_from([-1.5, -0.0, 0.0, 2.0])] * 3)),
+    seed=st.integers(0, 99),
+)
+def test_any_order_is_brought_into_pairs(atoms, half, seed):
+    """Few values, so that edges between the same ends, equal vectors and both zeros are frequent."""
+    rows = [(i % atoms, j % atoms, *v) for i, j, *v in half if i % atoms != j % atoms or any(v)]
+    ends = torch.tensor([row[:2] for row in rows], dtype=torch.int64).reshape(-1, 2)
+    v = torch.tensor([row[2:] for row in rows], dtype=torch.float32).reshape(-1, 3)
+    i, j = torch.cat([ends, ends.flip(1)]).T
+    tensors = {"edge_vec": torch.cat([v, -v]), "receivers": i, "senders": j}
+    tensors |= {f"{name}_lr": tensor for name, tensor in tensors.items()}
+    form = GraphFormat(tuple(tensors), 3.0)
+    assert in_pairs(tensors, form) is tensors
+    shuffled = _shuffled(tensors, seed)
+    found = in_pairs(shuffled, form)
+    for suffix in ("", "_lr"):
+        assert _rows(found, suffix) == _rows(tensors, suffix)
+    assert in_pairs(found, form) is found
+
+
+@pytest.mark.parametrize("structures", STRUCTURES.values(), ids=STRUCTURES)
+def test_shuffled_edges_of_structures(structures):
+    tensors = collate(structures, GraphFormat(TENSOR_NAMES, 4.1, 7.0))
+    found = in_pairs(_shuffled(tensors, 0), FORM)
+    for name in ("receivers", "senders", "receivers_lr", "senders_lr"):
+        assert torch.equal(found[name], tensors[name])  # sorted by their ends, as collate has them
+    assert _rows(found, "") == _rows(tensors, "") and _rows(found, "_lr") == _rows(tensors, "_lr")
+    untouched = [name for name in TENSOR_NAMES if not name.startswith(("edge", "receivers", "senders"))]
+    assert all(found[name] is tensors[name] for name in untouched)
+
+
+def test_only_lists_out_of_order_are_permuted():
+    tensors = collate([molecule("H2O")], FORM)
+    shuffled = {**tensors, **{n: t for n, t in _shuffled(tensors, 1).items() if n.endswith("_lr")}}
+    found = in_pairs(shuffled, FORM)
+    assert found["edge_vec"] is tensors["edge_vec"] and found["receivers"] is tensors["receivers"]
+    assert found["edge_vec_lr"] is not shuffled["edge_vec_lr"]
+
+
+@pytest.mark.parametrize("fault", ["missing", "one direction", "vector", "end", "far end", "own image"])
+def test_edges_without_reverse_are_named(fault):
+    tensors = collate([molecule("H2O")], FORM)
+    edges, half = len(tensors["edge_vec"]), len(tensors["edge_vec"]) // 2
+    bad = 1
+    if fault in ("missing", "one direction"):
+        bad = half - 1 if fault == "missing" else 0
+        for name in ("edge_vec", "receivers", "senders"):
+            tensors[name] = tensors[name][: edges - 1 if fault == "missing" else half]
+    elif fault == "vector":
+        tensors["edge_vec"][bad, 1] = torch.nextafter(tensors["edge_vec"][bad, 1], torch.tensor(9.0))
+    elif fault == "own image":
+        for name in ("receivers", "senders", "edge_vec"):
+            tensors[name][bad] = 0
+    else:
+        tensors["receivers" if fault == "end" else "senders"][bad] = 1
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    with pytest.raises(StructureError, match=r"has no reverse[\s\S]*both directions") as error:
+        in_pairs(tensors, FORM)
+    named = int(str(error.value).split("edge ")[1].split()[0])
+    assert named == bad or fault not in ("missing", "one direction", "own image")
+    for name in ("receivers", "senders", "edge_vec"):
+        assert f"{name} {tensors[name][named].tolist()}" in str(error.value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tensors.items())
+
+
+def test_formats_without_pairs():
+    """Positions of their own, or no edge vectors: nothing is looked at."""
+    rubbish = {"edge_vec": torch.ones(3, 3), "receivers": torch.zeros(3), "senders": torch.zeros(3)}
+    for form in (GraphFormat(tuple(rubbish), 0.0, positions="edge_vec"), GraphFormat(("senders",), 3.0)):
+        assert in_pairs(rubbish, form) is rubbish
 
 
 def test_atoms_apart():

@@ -100,7 +100,18 @@ def test_raw_tensors_equal_structures(sevennet_compiled, ethanol):
     assert float(out["energy"][0]) == pytest.approx(sevennet_compiled(ethanol).energy, abs=1e-5)
 
 
-@pytest.mark.parametrize("fault", ["element", "type", "index"])
+def test_raw_tensors_with_edges_in_any_order(sevennet_compiled, ethanol):
+    from gaq_compile.capture.graphs import collate
+
+    tensors = collate([ethanol], sevennet_compiled.form)
+    order = torch.randperm(len(tensors["edge_vec"]), generator=torch.Generator().manual_seed(0))
+    shuffled = tensors | {name: tensors[name][order] for name in ("edge_vec", "receivers", "senders")}
+    expected, found = sevennet_compiled(tensors), sevennet_compiled(shuffled)
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=1e-5), name
+
+
+@pytest.mark.parametrize("fault", ["element", "type", "index", "one direction"])
 def test_raw_tensors_that_do_not_fit_are_refused(sevennet_compiled, ethanol, fault):
     from gaq_compile.capture.graphs import collate
 
@@ -109,8 +120,11 @@ def test_raw_tensors_that_do_not_fit_are_refused(sevennet_compiled, ethanol, fau
         tensors["numbers"] = torch.full_like(tensors["numbers"], 84)
     elif fault == "type":
         tensors["edge_vec"] = tensors["edge_vec"].double()
-    else:
+    elif fault == "index":
         tensors["senders"] = tensors["senders"] + 5
+    else:
+        half = len(tensors["edge_vec"]) // 2
+        tensors |= {name: tensors[name][:half] for name in ("edge_vec", "receivers", "senders")}
     with pytest.raises(StructureError):
         sevennet_compiled(tensors)
 

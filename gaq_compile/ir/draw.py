@@ -55,6 +55,7 @@ _KEYWORDS = (  # the first that occurs in the operator's name decides
     ("spherical", "harmonics"),
     ("gate", "gate"),
     ("relayout", "layout"),
+    ("bonds", "layout"),
     ("sort_edges", "layout"),
 )
 _MOVES = frozenset(

@@ -142,25 +142,46 @@ def sort_edges(senders: Tensor, receivers: Tensor, num_nodes: int) -> list[Tenso
     return lists
 
 
+def bonds(receivers: Tensor, senders: Tensor) -> list[Tensor]:
+    """Which edges are each other's reverse: edge ``e`` and ``e + E / 2``.
+
+    Returns:
+        Per edge its bond, and 1.0 for the first of the two, 0.0 for the second; per bond its first
+        and its second edge, and the receiver and the sender of the first.
+    """
+    half = receivers.shape[0] // 2
+    first = torch.arange(half, device=receivers.device)
+    mask = torch.zeros(2 * half, device=receivers.device)
+    mask[:half] = 1.0
+    return [first.repeat(2), mask, first, first + half, receivers[:half].clone(), senders[:half].clone()]
+
+
 def sum_rows(values: Tensor, index: Tensor, rows: int) -> Tensor:
     """``out[n] = sum_{e: index[e]=n} values[e]``: zeros where no row has the index."""
     return values.new_zeros(rows, *values.shape[1:]).index_add_(0, index, values)
 
 
 def conv(x: Tensor, sh: Tensor, weight: Tensor, edges: list[Tensor], spec: str) -> Tensor:
-    """``out[n] = sum_{e: receivers[e]=n} TP(x[senders[e]], sh[e], weight[e])``."""
+    """``out[n] = sum_{e: receivers[e]=n} TP(x[senders[e]], sh[e], weight[e])``.
+
+    ``weight`` has one row per edge, or one per bond (:func:`bonds`).
+    """
     senders, receivers = edges[0].long(), edges[1].long()
-    messages = tensor_product(x[senders], sh, weight, spec)
+    messages = tensor_product(x[senders], sh, _of_edges(weight, sh), spec)
     return messages.new_zeros(x.shape[0], messages.shape[1]).index_add_(0, receivers, messages)
 
 
 def conv_backward(
     grad: Tensor, x: Tensor, sh: Tensor, weight: Tensor, edges: list[Tensor], spec: str, of_sh: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`conv` with respect to x, sh (zeros without ``of_sh``) and weight."""
+    """Gradients of :func:`conv` with respect to x, sh (zeros without ``of_sh``) and each edge's weight."""
     senders, receivers = edges[0].long(), edges[1].long()
-    gx, gsh, gw = tensor_product_backward(grad[receivers], x[senders], sh, weight, spec, of_sh)
+    gx, gsh, gw = tensor_product_backward(grad[receivers], x[senders], sh, _of_edges(weight, sh), spec, of_sh)
     return torch.zeros_like(x).index_add_(0, senders, gx), gsh, gw
+
+
+def _of_edges(weight: Tensor, sh: Tensor) -> Tensor:
+    return weight if weight.shape[0] == sh.shape[0] else weight.repeat(2, 1)
 
 
 def spherical_harmonics(vec: Tensor, irreps: str, normalize: bool, normalization: str) -> Tensor:

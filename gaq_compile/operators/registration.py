@@ -319,6 +319,19 @@ def _(senders, receivers, num_nodes):  # type: ignore[no-untyped-def]
     return [empty(e), empty(e), empty(num_nodes + 1), empty(e), empty(num_nodes + 1), empty(e)]
 
 
+@_custom("bonds")
+def bonds(receivers: Tensor, senders: Tensor) -> list[Tensor]:
+    """Edges and their reverses (:func:`.reference.bonds`)."""
+    return ref.bonds(receivers, senders)
+
+
+@bonds.register_fake
+def _(receivers, senders):  # type: ignore[no-untyped-def]
+    e = receivers.shape[0]
+    per_bond = [receivers.new_empty(e // 2) for _ in range(4)]
+    return [receivers.new_empty(e), receivers.new_empty(e, dtype=torch.float32), *per_bond]
+
+
 @_custom("sum_rows")
 def sum_rows(values: Tensor, index: Tensor, rows: int, width: int, label: str) -> Tensor:
     """Rows of ``width`` elements added up by index: (E, ...) -> (rows, ...)."""

@@ -28,6 +28,7 @@ from .decompose import decompose
 from .fold_constants import fold_constants
 from .graph_tools import add_buffer, aten, attribute, copied, finished, gaq, is_call
 from .indices import GATHERS, gather_index, is_sound
+from .pair_edges import pair_edges
 from .plain_sizes import plain_sizes
 from .row_shapes import NARROW, RowShape, row_shapes
 from .sum_rows import sum_rows
@@ -134,6 +135,7 @@ def fuse_rows(graph_module: GraphModule, form: GraphFormat, linears: bool = True
     _drop_idle_views(gm, shapes)
     sum_rows(gm, form, shapes)
     plain_sizes(gm, form, shapes)
+    pair_edges(gm, shapes)
     _inline_creations(gm, shapes)
     _float_integers(gm, shapes)
     groups = [g for g in _groups(gm, shapes, form, linears) if _worth_it(g)]

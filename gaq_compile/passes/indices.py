@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch.fx import Node
 
 from ..capture.graphs import EDGE_VECTORS, GraphFormat
-from .graph_tools import aten, is_call
+from .graph_tools import aten, gaq, is_call
 
 GATHERS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default, aten.gather.default)
 # Indices that calling a potential checks.
@@ -35,4 +37,6 @@ def is_sound(index: Node, rows: int | None, form: GraphFormat) -> bool:
     if is_call(index, aten.index.Tensor):
         inner, outer = index.args[0], gather_index(index)
         return outer is not None and inner.target == "batch" and is_sound(outer, None, form)  # type: ignore[union-attr]
+    if is_call(index, operator.getitem) and is_call(index.args[0], gaq.bonds.default):
+        return rows is None
     return rows is None and index.op == "placeholder" and index.target in _SOUND

@@ -19,7 +19,7 @@ from .fuse_rows import FusedRows, fused_rows
 from .graph_tools import attribute, copied, finished, gaq
 
 # Ordering edges is index work, not arithmetic: it stays with torch by design, not by fallback.
-_HOST_OPERATORS = (gaq.sort_edges.default,)
+HOST_OPERATORS = (gaq.bonds.default, gaq.sort_edges.default)
 
 
 Attribute = Callable[[Node], Tensor]
@@ -136,7 +136,7 @@ def lower(
         LoweringError: with ``strict``, naming every node that would fall back and why.
     """
     gm = copied(graph_module)
-    nodes = [n for n in gm.graph.nodes if _is_gaq(n) and n.target not in _HOST_OPERATORS]
+    nodes = [n for n in gm.graph.nodes if _is_gaq(n) and n.target not in HOST_OPERATORS]
     groups = [(n, fused) for n in gm.graph.nodes if (fused := fused_rows(gm, n)) is not None]
     placements: list[Placement] = []
     with Progress(disable=not progress, transient=True) as bar:

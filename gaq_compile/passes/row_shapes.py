@@ -1,8 +1,8 @@
 """Which of a graph's tensors have one row per atom, edge, long-range pair or graph.
 
-The graph is run on tensors without data whose numbers of atoms, edges, pairs and graphs are
-distinctive primes; a first axis of such a size is a row axis. Works on loaded graphs too, which
-have no recorded shapes.
+The graph is run on tensors without data whose numbers of atoms, bonds (edges that are each other's
+reverse), pairs and graphs are distinctive primes; a first axis of such a size is a row axis. Works on
+loaded graphs too, which have no recorded shapes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from ..capture.graphs import EDGE_VECTORS, GraphFormat
 
 # No static size of a model is a prime this large.
-PRIMES = {"atom": 1000003, "edge": 1000033, "pair": 1000037, "graph": 1000039}
+PRIMES = {"atom": 1000003, "bond": 1000033, "edge": 2 * 1000033, "pair": 1000037, "graph": 1000039}
 NARROW = 16  # elements per row from which on a row is worth a loop of its own
 _KINDS = {size: kind for kind, size in PRIMES.items()}
 
@@ -28,7 +28,7 @@ class RowShape:
     """The shape of a tensor, or of each part of a tuple's first.
 
     Attributes:
-        rows: "atom", "edge", "pair", "graph", or None where the first axis is none of these.
+        rows: "atom", "edge", "bond", "pair", "graph", or None where the first axis is none of these.
         row: the sizes of the other axes; of all, where there are no rows.
         dtype: of its elements.
     """
@@ -58,7 +58,7 @@ def row_shapes(graph_module: GraphModule, form: GraphFormat) -> dict[Node, RowSh
 
 
 def _input(name: str) -> Tensor:
-    atoms, edges, pairs, graphs = PRIMES.values()
+    atoms, edges, pairs, graphs = (PRIMES[kind] for kind in ("atom", "edge", "pair", "graph"))
     if name in EDGE_VECTORS:
         return torch.empty(pairs if name.endswith("_lr") else edges, 3)
     if name in ("charge", "spin"):

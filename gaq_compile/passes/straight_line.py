@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..operators.reference import sort_edges
+from ..operators.reference import bonds, sort_edges
 from .graph_tools import aten, attribute, gaq, is_call
 from .lower import KernelCall, compact
 
@@ -40,6 +40,7 @@ _DIRECT: dict[object, Callable[..., Any]] = {
     aten.sub.Tensor: torch.sub,
     aten.sum.default: torch.sum,
     aten.unsqueeze.default: torch.unsqueeze,
+    gaq.bonds.default: bonds,
     gaq.sort_edges.default: sort_edges,
 }
 

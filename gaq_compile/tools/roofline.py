@@ -30,7 +30,7 @@ from ..errors import VerificationError
 from ..passes.fuse_rows import LINEARS, VIEWS, FusedRows, fused_rows
 from ..passes.graph_tools import aten, attribute, copied
 from ..passes.indices import GATHERS
-from ..passes.lower import KernelCall
+from ..passes.lower import HOST_OPERATORS, KernelCall
 from ..potential import Potential
 from .machine import Machine
 
@@ -213,7 +213,7 @@ def _sources(grouped: GraphModule, lowered: GraphModule) -> dict[Node, Node]:
 
 
 def _became_a_kernel(grouped: GraphModule, node: Node) -> bool:
-    operators = getattr(node.target, "namespace", "") == "gaq" and "sort_edges" not in str(node.target)
+    operators = getattr(node.target, "namespace", "") == "gaq" and node.target not in HOST_OPERATORS
     return operators or fused_rows(grouped, node) is not None
 
 

@@ -2,6 +2,8 @@
 
     out[n] = sum over edges e with receiver n of TP(x[senders[e]], sh[e], weight[e])
 
+Weights may have one row for edge e and its reverse, e + E / 2; their gradients have one for each.
+
 Both kernels run in parallel over nodes and visit a node's edges in chunks (of 16, unless tuning has
 found better: :class:`ConvSchedule`). A chunk's spherical harmonics are contracted with the
 Clebsch-Gordan constants once, for all channels and a vector of edges at a time:
@@ -57,7 +59,7 @@ def conv_forward(spec: str, target: str) -> Launch:
         target: a TVM target in JSON.
 
     Returns:
-        A function of x (N, dim_x), sh (E, dim_sh), weight (E, weight_numel), float32, contiguous,
+        A function of x (N, dim_x), sh (E, dim_sh), weight (E or E / 2, weight_numel), float32, contiguous,
         component-major, and ``edges = [senders (E), receivers (E), receiver_ptr (N+1),
         receiver_order (E), sender_ptr (N+1), sender_order (E)]``, int32; it returns out (N, dim_out).
 
@@ -86,7 +88,7 @@ def conv_backward(spec: str, target: str) -> Launch:
     widths = [(conv_width(problem, name),) for name in ("out", "x", "sh", "weight")]
     tensors = [Input(k, row) for k, row in enumerate(widths)]
     edges = [Input(4 + k, dtype=torch.int32) for k in (1, 4, 5)]
-    made = [Output(k, row) for k, row in enumerate(widths[1:], start=1)]
+    made = [Output(k, row) for k, row in zip((1, 2, 2), widths[1:], strict=True)]
 
     def nothing(
         grad: torch.Tensor, x: torch.Tensor, sh: torch.Tensor, weight: torch.Tensor, *_: Any
@@ -160,6 +162,8 @@ def _per_node(problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str],
     gather = [
         "edge[j] = order[first + j]",
         f"ahead[j] = order[T.min(first + j + {size}, edges - 1)]",
+        f"row[j] = {_weight_row('edge[j]')}",
+        f"ahead_row[j] = {_weight_row('ahead[j]')}",
         f"node[j] = {sides.gathered}[edge[j]]",
     ]
     gather += [f"harmonic[{k * size} + j] = sh[edge[j], {c}]" for k, c in enumerate(problem.columns)]
@@ -177,6 +181,8 @@ def _per_node(problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str],
     node = [
         local("edge", size, "int32"),
         local("ahead", size, "int32"),
+        local("row", size, "int32"),
+        local("ahead_row", size, "int32"),
         local("node", size, "int32"),
         local("harmonic", columns * size),
         local("A", max(1, len(problem.symbols)) * size),
@@ -190,6 +196,11 @@ def _per_node(problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str],
         *loop(f"c in T.serial((high - low + {size - 1}) // {size})", chunk),
     ]
     return loop("i in T.parallel(nodes)", node)
+
+
+def _weight_row(edge: str) -> str:
+    """Where an edge's weights are: weights have one row per edge, or one for an edge and its reverse."""
+    return f"T.Select({edge} < rows, {edge}, {edge} - rows)"
 
 
 def _contract_harmonics(problem: Problem, lanes: int, size: int) -> list[str]:
@@ -233,7 +244,7 @@ def _symbol(pair: Pair, lanes: int, chunk: int) -> str:
 
 def _ahead(buffer: str, index: str, level: int) -> list[str]:
     """Fetch the next chunk's weights into a cache (TVM counts locality down from 3, the first level)."""
-    text = prefetch(buffer, index, "ahead[j]")
+    text = prefetch(buffer, index, "ahead_row[j]" if buffer == "weight" else "ahead[j]")
     return [text.replace(", 0, 2, 1))", f", 0, {4 - level}, 1))")] if level else []
 
 
@@ -275,7 +286,7 @@ def _forward_path(
     weight = f"{path.offset} + t * {lanes}"
     lines = [
         *_ahead("weight", weight, schedule.prefetch),
-        f"w{k}: T.let = {vector('weight', weight, lanes, 'edge[j]')}",
+        f"w{k}: T.let = {vector('weight', weight, lanes, 'row[j]')}",
     ]
     by_out: dict[int, list[Pair]] = {}
     for pair in terms.pairs:
@@ -365,7 +376,7 @@ def _backward_path(
     lines = [
         *_ahead("weight", weight, schedule.prefetch),
         *_ahead("grad_weight", weight, schedule.prefetch),
-        f"w{k}: T.let = {vector('weight', weight, lanes, 'edge[j]')}",
+        f"w{k}: T.let = {vector('weight', weight, lanes, 'row[j]')}",
     ]
     for m3 in range(path.block_out.components):
         g = vector("grad", _element(path.block_out, m3, lanes), lanes, "node[j]")

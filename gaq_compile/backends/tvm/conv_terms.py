@@ -89,7 +89,8 @@ def _buffer(problem: Problem, name: str) -> tuple[str, str]:
     if name == "ptr":
         return "ends", "int32"
     tensor = "out" if name == "grad" else name.removeprefix("grad_")
-    return f"{'edges' if tensor in ('sh', 'weight') else 'nodes'}, {conv_width(problem, tensor)}", "float32"
+    rows = "rows" if name == "weight" else "edges" if tensor in ("sh", "weight") else "nodes"
+    return f"{rows}, {conv_width(problem, tensor)}", "float32"
 
 
 def conv_width(problem: Problem, tensor: str) -> int:

@@ -156,6 +156,8 @@ class _Pairs:
             return ODD if signs == [ODD, ODD] else None
         if node.target is aten.abs.default:
             return EVEN
+        if node.target is aten.pow.Tensor_Scalar and float(node.args[1]).is_integer():  # type: ignore[arg-type]
+            return ODD if int(node.args[1]) % 2 else EVEN  # type: ignore[arg-type]
         if node.target in _VIEWS | {aten.neg.default, aten.sum.dim_IntList, aten.mul.Scalar}:
             return ODD
         if node.target is aten.masked_fill.Scalar and node.args[2] == 0 and signs == [ODD, EVEN]:

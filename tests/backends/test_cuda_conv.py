@@ -68,3 +68,8 @@ def test_each_result_has_one_owner(name: str) -> None:
 def test_a_forbidden_path_is_refused() -> None:
     with pytest.raises(IrrepsError):
         conv_forward("4x0e * 1x1o -> 4x0e | 0.0.0", GPU)
+
+
+def test_weights_of_bonds() -> None:
+    spec = checks.SPECS["shared output"]
+    checks.check_weights_of_bonds(spec, conv_forward(spec, GPU), conv_backward(spec, GPU))

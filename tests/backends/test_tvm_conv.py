@@ -264,3 +264,19 @@ def test_lanes():
 def test_a_forbidden_path_is_refused():
     with pytest.raises(IrrepsError):
         conv_forward("4x0e * 1x1o -> 4x0e | 0.0.0", host_target())
+
+
+def check_weights_of_bonds(spec: str, forward, backward) -> None:
+    """One row of weights for edge e and edge e + E / 2 is the same as two equal ones."""
+    (x, sh, weight, grad), ends = problem(spec, nodes=5, edges=70, seed=4)
+    half, whole = weight[:35].contiguous(), weight[:35].repeat(2, 1)
+    assert torch.equal(forward(x, sh, half, ends), forward(x, sh, whole, ends))
+    found, expected = (backward(grad, x, sh, w, ends) for w in (half, whole))
+    assert found[2].shape == whole.shape
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["shared output", "sevennet middle"])
+def test_weights_of_bonds(name):
+    spec = SPECS[name]
+    check_weights_of_bonds(spec, conv_forward(spec, host_target()), conv_backward(spec, host_target()))

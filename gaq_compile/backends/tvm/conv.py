@@ -32,7 +32,7 @@ import torch
 from ...ir.layout import Block
 from .build import compile_kernel
 from .conv_schedule import DEFAULT, ConvSchedule, conv_schedule_from
-from .conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_problem, conv_width
+from .conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_problem, conv_width, weight_row
 from .database import bucket, threads, tuned
 from .emit import (
     block_lanes,
@@ -162,8 +162,8 @@ def _per_node(problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str],
     gather = [
         "edge[j] = order[first + j]",
         f"ahead[j] = order[T.min(first + j + {size}, edges - 1)]",
-        f"row[j] = {_weight_row('edge[j]')}",
-        f"ahead_row[j] = {_weight_row('ahead[j]')}",
+        f"row[j] = {weight_row('edge[j]')}",
+        f"ahead_row[j] = {weight_row('ahead[j]')}",
         f"node[j] = {sides.gathered}[edge[j]]",
     ]
     gather += [f"harmonic[{k * size} + j] = sh[edge[j], {c}]" for k, c in enumerate(problem.columns)]
@@ -196,11 +196,6 @@ def _per_node(problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str],
         *loop(f"c in T.serial((high - low + {size - 1}) // {size})", chunk),
     ]
     return loop("i in T.parallel(nodes)", node)
-
-
-def _weight_row(edge: str) -> str:
-    """Where an edge's weights are: weights have one row per edge, or one for an edge and its reverse."""
-    return f"T.Select({edge} < rows, {edge}, {edge} - rows)"
 
 
 def _contract_harmonics(problem: Problem, lanes: int, size: int) -> list[str]:

@@ -93,6 +93,11 @@ def _buffer(problem: Problem, name: str) -> tuple[str, str]:
     return f"{rows}, {conv_width(problem, tensor)}", "float32"
 
 
+def weight_row(edge: str) -> str:
+    """Where an edge's weights are: there is one row per edge, or one for an edge and its reverse."""
+    return f"T.Select({edge} < rows, {edge}, {edge} - rows)"
+
+
 def conv_width(problem: Problem, tensor: str) -> int:
     """Elements of a row of x, sh, weight or out."""
     return problem.spec.weight_numel if tensor == "weight" else dim(getattr(problem.spec, f"irreps_{tensor}"))

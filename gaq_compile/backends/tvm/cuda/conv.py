@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ....ir.layout import Block, blocks, dim
 from ....ir.specs import tensor_product_spec
-from ..conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_problem, conv_width
+from ..conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_problem, conv_width, weight_row
 from ..emit import literal, loop, signed_sum
 from .device import Gpu, empty
 from .device import blocks as blocks_of
@@ -88,7 +88,7 @@ def conv_forward(spec: str, gpu: Gpu) -> Forward:
     def run(x: Tensor, sh: Tensor, weight: Tensor, edges: list[Tensor]) -> Tensor:
         out = empty(x, x.shape[0], width)
         given = {"x": x, "sh": sh, "weight": weight, "senders": edges[0], "ptr": edges[2], "order": edges[3]}
-        kernel((x.shape[0], warps), {**given, **_sizes(x, sh), "out": out})
+        kernel((x.shape[0], warps), {**given, **_sizes(x, sh, weight), "out": out})
         return out
 
     return run
@@ -101,10 +101,14 @@ def conv_backward(spec: str, gpu: Gpu) -> Backward:
 
     def run(grad: Tensor, x: Tensor, sh: Tensor, weight: Tensor, edges: list[Tensor]) -> Gradients:
         count = sh.shape[0]
-        grad_x, grad_sh, grad_weight = torch.empty_like(x), torch.empty_like(sh), torch.empty_like(weight)
+        grad_x, grad_sh, grad_weight = (
+            torch.empty_like(x),
+            torch.empty_like(sh),
+            empty(x, count, weight.shape[1]),
+        )
         parts = empty(x, _adding(groups) * count * columns)
         given = {"grad": grad, "x": x, "sh": sh, "weight": weight, "receivers": edges[1]}
-        order = {"ptr": edges[4], "order": edges[5], **_sizes(x, sh)}
+        order = {"ptr": edges[4], "order": edges[5], **_sizes(x, sh, weight)}
         results = {"grad_x": grad_x, "grad_weight": grad_weight, "parts": parts}
         kernel((x.shape[0], _warps(groups)), {**given, **order, **results})
         add((blocks_of(count, _THREADS), 1), {"parts": parts, "grad_sh": grad_sh, "edges": count})
@@ -113,9 +117,9 @@ def conv_backward(spec: str, gpu: Gpu) -> Backward:
     return run
 
 
-def _sizes(x: Tensor, sh: Tensor) -> dict[str, int]:
+def _sizes(x: Tensor, sh: Tensor, weight: Tensor) -> dict[str, int]:
     """What the call decides, by name: TVM hands on to the GPU what it cares for."""
-    return {"nodes": x.shape[0], "edges": sh.shape[0]}
+    return {"nodes": x.shape[0], "edges": sh.shape[0], "rows": weight.shape[0]}
 
 
 # Groups ----------------------------------------------------------------------------------------
@@ -274,18 +278,20 @@ def _valid(group: Group, lines: Sequence[str]) -> list[str]:
 
 
 def _chunks(problem: Problem, group: Group, other: str, edge: Sequence[str]) -> list[str]:
-    """``edge`` for every edge of node ``bx``: edge ``e``, chunk's place ``j``, other end ``n``."""
+    """``edge`` for every edge of node ``bx``: its number ``e``, its weights' ``row``, its place ``j`` in
+    the chunk, its other end ``n``."""
     stage = ["mine: T.let = order[first + tx]", "edge[tx] = mine", f"node[tx] = {other}[mine]"]
     for k, symbol in enumerate(group.symbols):
         form = [(1, f"sh[mine, {column}] * {literal(value)}") for column, value in problem.symbols[symbol]]
         stage.append(f"A[tx * {_stride(group)} + {k}] = {signed_sum(form)}")
+    ends = ["e: T.let = edge[j]", "n: T.let = node[j]", f"row: T.let = {weight_row('e')}"]
     chunk = [
         f"first: T.let = low + c * {_CHUNK}",
         f"count: T.let = T.min(high - first, {_CHUNK})",
         SYNC,
         *branch("tx < count", stage),
         SYNC,
-        *loop("j in T.serial(count)", ["e: T.let = edge[j]", "n: T.let = node[j]", *edge]),
+        *loop("j in T.serial(count)", [*ends, *edge]),
     ]
     return [
         "low: T.let = ptr[bx]",
@@ -309,7 +315,7 @@ def _forward_path(terms: PathTerms, k: int, group: Group, sums: dict[int, str]) 
     """One path on one edge, in the cheapest of three orders of multiplication."""
     path = terms.path
     x = {m: f"x{path.block_x.base}_{m}" for m in range(path.block_x.components)}
-    lines = [f"w{k}: T.let = weight[e, {path.offset} + u]"]
+    lines = [f"w{k}: T.let = weight[row, {path.offset} + u]"]
     if len(terms.symbols) == 1:
         lines.append(f"a{k}: T.let = w{k} * {_symbol(group, terms.pairs[0])}")
         for m3, pairs in _by(terms.pairs, "m3").items():
@@ -356,7 +362,7 @@ def _backward(problem: Problem, group: Group) -> list[str]:
 def _backward_path(terms: PathTerms, k: int, group: Group) -> list[str]:
     """``H[m1]``, then grad_x and grad_weight; leaves ``w`` and ``g`` bound."""
     path = terms.path
-    lines = [f"w{k}: T.let = weight[e, {path.offset} + u]"]
+    lines = [f"w{k}: T.let = weight[row, {path.offset} + u]"]
     for m3 in range(path.block_out.components):
         place = path.block_out.base + m3 * path.block_out.stride
         lines.append(f"g{k}_{m3}: T.let = grad[n, {place} + u]")

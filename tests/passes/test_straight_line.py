@@ -112,6 +112,7 @@ _SAMPLES = {
     aten.sub.Tensor: (torch.arange(3), 1),
     aten.sum.default: (torch.randn(3, dtype=torch.float64),),
     aten.unsqueeze.default: (torch.randn(3), -1),
+    torch.ops.gaq.bonds.default: (torch.tensor([2, 0]), torch.tensor([0, 2])),
     torch.ops.gaq.sort_edges.default: (torch.tensor([0, 2, 1]), torch.tensor([2, 0, 0]), 3),
 }
 

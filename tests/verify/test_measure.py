@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import time
@@ -30,7 +31,19 @@ def test_alternating_times_and_ratio():
 def test_order_alternates_after_the_warm_up():
     calls: list[str] = []
     alternate(lambda: calls.append("a"), lambda: calls.append("b"), runs=3, warmup=1)
-    assert "".join(calls) == "ab" + "abbaab"
+    turns = "".join(side for side, _ in itertools.groupby(calls[2:]))
+    assert calls[:2] == ["a", "b"] and turns == "abab"  # a b, b a, a b
+
+
+def test_a_turn_is_more_than_one_call_and_the_first_does_not_count():
+    seen: list[float] = []
+
+    def slow_at_first() -> None:
+        time.sleep(0.002 if seen and time.perf_counter() - seen[-1] < 0.01 else 0.03)
+        seen.append(time.perf_counter())
+
+    found = alternate(slow_at_first, lambda: time.sleep(0.02), runs=3, warmup=1)
+    assert found.a_ms < 8 and found.b_ms > 19
     with pytest.raises(ConfigError, match="cannot time 1 runs"):
         alternate(lambda: None, lambda: None, runs=1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,9 @@ from .capture.graphs import (
     CalibratedRange,
     GraphFormat,
     Tensors,
-    check_structures,
+    batched,
     check_tensors,
-    collate,
+    checked_pairs,
     in_pairs,
 )
 from .config import QuantConfig, rounds_only_invariants
@@ -30,7 +31,6 @@ from .errors import CalibrationWarning
 from .passes.derive_forces import outputs
 from .passes.straight_line import straight_line
 from .verify.report import Report
-from .verify.structures import rotated
 from .verify.types import Prediction
 
 
@@ -95,8 +95,10 @@ class Potential:
         Warns with a :class:`CalibrationWarning` for elements that calibration has not seen, and
         where rounded activations may have saturated.
         """
-        structures, frames = self._in_frames(structures)
-        tensors = collate(structures, self.form, check=not self.framed)  # turned ones have been checked
+        pairs = checked_pairs(structures, self.form)
+        frames = [own_frame(atoms) if self.framed else None for atoms in structures]
+        pairs = [p if frame is None else p.turned(frame) for p, frame in zip(pairs, frames, strict=True)]
+        tensors = batched(structures, pairs, self.form)
         complaint = self.calibrated.complaint(tensors) if self.calibrated else None
         if complaint:
             warnings.warn(
@@ -105,20 +107,12 @@ class Potential:
                 CalibrationWarning,
                 stacklevel=3,
             )
-        out = self._evaluate(tensors)
-        starts = np.cumsum([0, *(len(atoms) for atoms in structures)])
+        out = {name: values.numpy() for name, values in self._evaluate(tensors).items()}
+        ends = list(accumulate(len(atoms) for atoms in structures))
         return [
-            _prediction(out, i, slice(starts[i], starts[i + 1]), atoms, frame)
-            for i, (atoms, frame) in enumerate(zip(structures, frames, strict=True))
+            _prediction(out, i, slice(end - len(atoms), end), atoms, frame)
+            for i, (atoms, frame, end) in enumerate(zip(structures, frames, ends, strict=True))
         ]
-
-    def _in_frames(self, structures: Sequence[Atoms]) -> tuple[Sequence[Atoms], Sequence[np.ndarray | None]]:
-        """The structures as they are evaluated, and how each was turned for it."""
-        if not self.framed:
-            return structures, [None] * len(structures)
-        check_structures(structures, self.form)
-        frames = [own_frame(atoms) for atoms in structures]
-        return [rotated(atoms, frame) for atoms, frame in zip(structures, frames, strict=True)], frames
 
     def evaluate(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Raw outputs for the graph's own tensors.
@@ -161,13 +155,15 @@ class Potential:
         return f"Potential({r.model}, scheme={self.config.scheme!r}, backend={r.backend!r})"
 
 
-def _prediction(out: Tensors, graph: int, rows: slice, atoms: Atoms, frame: np.ndarray | None) -> Prediction:
+def _prediction(
+    out: Mapping[str, np.ndarray], graph: int, rows: slice, atoms: Atoms, frame: np.ndarray | None
+) -> Prediction:
     """One structure's part of a batch, turned back from its frame."""
-    forces, energies = out["forces"][rows].numpy(), out["atomic_energies"][rows].numpy().copy()
+    forces, energies = out["forces"][rows], out["atomic_energies"][rows].copy()
     forces = forces.copy() if frame is None else (forces.astype(np.float64) @ frame).astype(forces.dtype)
     stress = None
     if atoms.pbc.all():
-        virial = out["virial"][graph].double().numpy()
+        virial = out["virial"][graph].astype(np.float64)
         virial = virial if frame is None else frame.T @ virial @ frame
         stress = (virial + virial.T) / (2 * atoms.get_volume())
     return Prediction(float(out["energy"][graph]), forces, stress, energies)

@@ -24,15 +24,16 @@ def own_frame(atoms: Atoms) -> np.ndarray:
     """
     if atoms.pbc.any():
         return _cell_frame(atoms)
-    weights = atoms.numbers[:, None].astype(np.float64)
-    x = atoms.positions - (weights * atoms.positions).sum(0) / weights.sum()
-    moments, axes = np.linalg.eigh(x.T @ (weights * x))
+    weights = atoms.numbers.astype(np.float64)
+    x = atoms.positions - weights @ atoms.positions / weights.sum()
+    moments, axes = np.linalg.eigh((x.T * weights) @ x)
     largest = moments[-1]
-    if largest <= 0 or float(np.diff(moments).min()) < GAP * largest:
+    if largest <= 0 or (moments[1:] - moments[:-1]).min() < GAP * largest:
         return np.eye(3)
-    skew = (weights * (x @ axes) ** 3).sum(0)
+    skew = weights @ (x @ axes) ** 3
     axes = axes * np.where(skew < 0, -1.0, 1.0)
-    axes[:, 0] = np.cross(axes[:, 1], axes[:, 2])  # right-handed: a mirror image stays one
+    if np.linalg.det(axes) < 0:  # right-handed: a mirror image stays one
+        axes[:, 0] = -axes[:, 0]
     return axes.T
 
 

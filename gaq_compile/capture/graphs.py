@@ -11,9 +11,10 @@ in the same order. Long-range pairs come likewise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +23,14 @@ from torch import Tensor
 
 from ..errors import StructureError, UnknownElementError
 from .limits import Limits
-from .structures import check_structure
+from .structures import COINCIDENT, check_arrays, check_distances, is_thin
 
 Tensors = dict[str, Tensor]
+
+# Å; of a pair closer than this, the check for coincident atoms decides, to the last digit.
+SUSPICIOUS = 2 * COINCIDENT
+# Atoms of a molecule up to which looking at every pair costs less than dividing space into cells.
+FEW = 64
 
 TENSOR_NAMES = (
     "numbers", "edge_vec", "receivers", "senders",
@@ -136,39 +142,71 @@ class GraphFormat:
         )
 
 
+class Pairs(NamedTuple):
+    """One direction of each pair of atoms closer than some reach, sorted by its ends, then by image.
+
+    Attributes:
+        receivers, senders: int64; of the two ends, the receiver is the lower.
+        vectors: float64, Å. Of an atom's pairs with its own images at S and -S there is one.
+        lengths: their norms, Å.
+    """
+
+    receivers: np.ndarray
+    senders: np.ndarray
+    vectors: np.ndarray
+    lengths: np.ndarray
+
+    def within(self, cutoff: float) -> Pairs:
+        """Those closer than ``cutoff`` Å."""
+        near = self.lengths < cutoff
+        return self if near.all() else Pairs(*(values[near] for values in self))
+
+    def turned(self, rotation: np.ndarray) -> Pairs:
+        """The pairs of the structure turned by ``rotation`` (3, 3)."""
+        return self._replace(vectors=self.vectors @ rotation.T)
+
+
+def find_pairs(atoms: Atoms, cutoff: float) -> Pairs:
+    """All pairs closer than ``cutoff`` Å, atoms on top of each other included."""
+    periodic = bool(atoms.pbc.any())
+    if not periodic and len(atoms) <= FEW:
+        return _pairs_of_few(atoms.positions).within(cutoff)
+    from vesin import NeighborList
+
+    box = atoms.cell.array if periodic else np.zeros((3, 3))
+    finder = NeighborList(cutoff=cutoff, full_list=False)
+    ends, shifts, vectors, lengths = finder.compute(
+        points=atoms.positions, box=box, periodic=atoms.pbc, quantities="PSDd", copy=False
+    )
+    # Indexing also copies what the finder takes with it.
+    order = np.lexsort((*shifts.T[::-1], *ends.T[::-1]))
+    receivers, senders = ends[order].T.astype(np.int64, order="C")
+    return Pairs(receivers, senders, vectors[order], lengths[order])
+
+
+def _pairs_of_few(positions: np.ndarray) -> Pairs:
+    """Every pair of a molecule's atoms."""
+    receivers, senders = np.triu_indices(len(positions), 1)
+    vectors = positions[senders] - positions[receivers]
+    return Pairs(receivers, senders, vectors, np.sqrt((vectors * vectors).sum(axis=1)))
+
+
 def neighbours(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Directed pairs within ``cutoff`` Å: receivers i, senders j, edge vectors (float64).
 
     Of E pairs, the second E/2 are the reverses of the first, in the same order; the first are sorted
     by receiver, then sender.
     """
-    i, j, vectors = _half(atoms, cutoff)
+    i, j, vectors, _ = find_pairs(atoms, cutoff)
     return np.concatenate([i, j]), np.concatenate([j, i]), np.concatenate([vectors, -vectors])
 
 
-def _half(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One direction of each pair within ``cutoff`` Å, sorted by its ends, the first the lower one.
-
-    Of an atom's pairs with its own images at S and -S, one.
-    """
-    from vesin import NeighborList
-
-    box = atoms.cell.array if atoms.pbc.any() else np.zeros((3, 3))
-    finder = NeighborList(cutoff=cutoff, full_list=False)
-    i, j, vectors = finder.compute(
-        points=atoms.positions, box=box, periodic=tuple(bool(p) for p in atoms.pbc), quantities="ijD"
-    )
-    order = np.lexsort((j, i))
-    return i[order].astype(np.int64), j[order].astype(np.int64), vectors[order].astype(np.float64)
-
-
-def collate(structures: Sequence[Atoms], form: GraphFormat, *, check: bool = True) -> Tensors:
+def collate(structures: Sequence[Atoms], form: GraphFormat) -> Tensors:
     """One batch of tensors from structures.
 
     Args:
         structures: one or more structures; each becomes a graph.
         form: the potential's cutoffs, elements and input names.
-        check: look for NaN positions, coincident atoms and unknown elements first.
 
     Returns:
         The tensors that ``form.inputs`` names, float32 and int64; edges in pairs.
@@ -177,6 +215,11 @@ def collate(structures: Sequence[Atoms], form: GraphFormat, *, check: bool = Tru
         StructureError: for bad or empty structures.
         UnknownElementError: for an element that the potential was not trained on.
     """
+    return batched(structures, checked_pairs(structures, form), form)
+
+
+def checked_pairs(structures: Sequence[Atoms], form: GraphFormat) -> list[Pairs]:
+    """The pairs of each structure within the longest cutoff; raises what :func:`collate` says."""
     if form.positions is not None:
         raise StructureError(
             "this potential was captured from tensors of its own, not from structures",
@@ -184,10 +227,33 @@ def collate(structures: Sequence[Atoms], form: GraphFormat, *, check: bool = Tru
         )
     if not structures:
         raise StructureError("no structures were given", fix="pass an ase.Atoms or a list of them")
-    if check:
-        check_structures(structures, form)
+    reach = max(form.cutoff, form.cutoff_lr or 0.0, SUSPICIOUS)
+    found = []
+    for index, atoms in enumerate(structures):
+        check_arrays(atoms)
+        if is_thin(atoms):
+            check_distances(atoms)  # before its images within reach fill the memory
+        pairs = find_pairs(atoms, reach)
+        if pairs.lengths.min(initial=reach) < SUSPICIOUS:
+            check_distances(atoms)
+        _check_elements(atoms.numbers.tolist(), form, f"structure {index}, {len(atoms)} atoms")
+        found.append(pairs)
+    return found
+
+
+def batched(structures: Sequence[Atoms], pairs: Sequence[Pairs], form: GraphFormat) -> Tensors:
+    """The tensors of structures that are known to be sound.
+
+    Args:
+        structures: one or more; each becomes a graph.
+        pairs: of each structure, those within the longest cutoff at least.
+        form: as for :func:`collate`.
+
+    Raises:
+        StructureError: for a charge or spin that is no number.
+    """
     sizes = [len(atoms) for atoms in structures]
-    ptr = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    ptr = np.cumsum([0, *sizes], dtype=np.int64)
     found: dict[str, np.ndarray] = {
         "numbers": np.concatenate([atoms.numbers for atoms in structures]).astype(np.int64),
         "batch": np.repeat(np.arange(len(structures)), sizes).astype(np.int64),
@@ -195,17 +261,10 @@ def collate(structures: Sequence[Atoms], form: GraphFormat, *, check: bool = Tru
         "charge": _numbers(structures, "charge"),
         "spin": _numbers(structures, "spin"),
     }
-    found |= _edges(structures, ptr, form.cutoff, "")
+    found |= _edges(pairs, ptr, form.cutoff, "")
     if form.cutoff_lr is not None:
-        found |= _edges(structures, ptr, form.cutoff_lr, "_lr")
+        found |= _edges(pairs, ptr, form.cutoff_lr, "_lr")
     return {name: _tensor(found[name]) for name in form.inputs}
-
-
-def check_structures(structures: Sequence[Atoms], form: GraphFormat) -> None:
-    """Refuse structures that the potential cannot evaluate; raises what :func:`collate` says."""
-    for index, atoms in enumerate(structures):
-        check_structure(atoms)
-        _check_elements(atoms.numbers, form, f"structure {index}, {len(atoms)} atoms")
 
 
 def _numbers(structures: Sequence[Atoms], name: str) -> np.ndarray:
@@ -217,7 +276,7 @@ def _numbers(structures: Sequence[Atoms], name: str) -> np.ndarray:
             number = float(value)
         except (TypeError, ValueError):
             number = float("nan")
-        if not np.isfinite(number):
+        if not math.isfinite(number):
             raise StructureError(
                 f"atoms.info[{name!r}] is {value!r}, not a number",
                 where=f"structure {index}, {len(atoms)} atoms",
@@ -262,9 +321,10 @@ def _check_graph(tensors: Mapping[str, Tensor], form: GraphFormat) -> None:
             index = tensors[name]
             if len(index) != len(tensors[vectors]):
                 raise StructureError(f"{len(index)} {name} for {len(tensors[vectors])} rows of {vectors}")
-            if len(index) and not 0 <= int(index.min()) <= int(index.max()) < atoms:
+            low, high = (int(end) for end in index.aminmax()) if len(index) else (0, 0)
+            if len(index) and not 0 <= low <= high < atoms:
                 raise StructureError(
-                    f"{name} from {int(index.min())} to {int(index.max())}, but there are {atoms} atoms",
+                    f"{name} from {low} to {high}, but there are {atoms} atoms",
                     fix="indices count the atoms of the whole batch, from 0",
                 )
     ptr = tensors["ptr"]
@@ -350,20 +410,20 @@ def _symbols(numbers: Sequence[int]) -> str:
     return ", ".join(chemical_symbols[z] if z in known else f"Z={z}" for z in numbers)
 
 
-def _edges(structures: Sequence[Atoms], ptr: np.ndarray, cutoff: float, suffix: str) -> dict[str, np.ndarray]:
-    parts = [_half(atoms, cutoff) for atoms in structures]
-    i = np.concatenate([i + start for (i, _, _), start in zip(parts, ptr, strict=False)])
-    j = np.concatenate([j + start for (_, j, _), start in zip(parts, ptr, strict=False)])
-    vectors = np.concatenate([v for _, _, v in parts]).astype(np.float32)
+def _edges(pairs: Sequence[Pairs], ptr: np.ndarray, cutoff: float, suffix: str) -> dict[str, np.ndarray]:
+    near = [p.within(cutoff) for p in pairs]
+    i = [p.receivers + start for p, start in zip(near, ptr, strict=False)]
+    j = [p.senders + start for p, start in zip(near, ptr, strict=False)]
+    vectors = np.concatenate([p.vectors for p in near], dtype=np.float32)
     return {
-        f"receivers{suffix}": np.concatenate([i, j]),
-        f"senders{suffix}": np.concatenate([j, i]),
+        f"receivers{suffix}": np.concatenate(i + j),
+        f"senders{suffix}": np.concatenate(j + i),
         f"edge_vec{suffix}": np.concatenate([vectors, -vectors]),
     }
 
 
 def _check_elements(numbers: Iterable[int], form: GraphFormat, where: str) -> None:
-    unknown = sorted({int(z) for z in numbers} - set(form.elements)) if form.elements else []
+    unknown = sorted(set(numbers).difference(form.elements)) if form.elements else []
     if unknown:
         raise UnknownElementError(
             f"the potential does not know {_symbols(unknown)}",

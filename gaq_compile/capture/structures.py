@@ -9,6 +9,7 @@ from ..errors import StructureError
 
 WIDEST = 1e5  # Å; beyond, neighbour lists overflow
 COINCIDENT = 0.1  # Å; below this no potential was ever trained
+THIN = 1.0  # Å between neighbouring images; no solid's lattice planes are so close
 SINGULAR = 1e-6  # smallest singular value of the normalised periodic cell vectors
 
 
@@ -16,9 +17,19 @@ def check_structure(atoms: Atoms) -> None:
     """Refuse a structure that no potential can evaluate.
 
     Raises:
+        StructureError: what :func:`check_arrays` says, or two atoms (or an atom and its own image)
+            closer than 0.1 Å; names the atoms.
+    """
+    check_arrays(atoms)
+    check_distances(atoms)
+
+
+def check_arrays(atoms: Atoms) -> None:
+    """Refuse a structure for anything but its distances.
+
+    Raises:
         StructureError: for an empty structure, arrays of wrong shape, positions or cell that are
-            NaN or infinite, a singular cell where the structure is periodic, or two atoms (or an
-            atom and its own image) closer than 0.1 Å; names the atoms.
+            NaN or infinite, atoms too far apart, or a singular cell where the structure is periodic.
     """
     if not isinstance(atoms, Atoms):
         raise StructureError(f"expected ase.Atoms, got {type(atoms).__name__}", fix="pass an ase.Atoms")
@@ -32,22 +43,23 @@ def check_structure(atoms: Atoms) -> None:
         )
     if numbers.size == 0:
         raise StructureError("a structure without atoms", fix="give at least one atom")
-    bad = np.flatnonzero(~np.isfinite(positions).all(axis=1))
-    if bad.size:
+    finite = np.isfinite(positions)
+    if not finite.all():
+        bad = np.flatnonzero(~finite.all(axis=1))
         named = ", ".join(_atom(atoms, int(i)) for i in bad[:5]) + (", ..." if bad.size > 5 else "")
         raise StructureError(
             f"positions that are NaN or infinite: {named}",
             where=where,
             fix="look where the structure was made: an exploded trajectory or a damaged file",
         )
-    if float(np.ptp(positions, axis=0).max()) > WIDEST:
+    extent = float((positions.max(axis=0) - positions.min(axis=0)).max())
+    if extent > WIDEST:
         raise StructureError(
-            f"atoms up to {np.ptp(positions, axis=0).max():.3g} Å apart",
+            f"atoms up to {extent:.3g} Å apart",
             where=where,
             fix="look where the structure was made: an exploded trajectory or wrong units",
         )
     _check_cell(atoms)
-    _check_distances(atoms)
 
 
 def _check_cell(atoms: Atoms) -> None:
@@ -57,9 +69,11 @@ def _check_cell(atoms: Atoms) -> None:
     if not np.isfinite(cell).all():
         raise StructureError("a cell with NaN or infinite entries")
     periodic = cell[np.asarray(atoms.pbc, dtype=bool)]
+    if not periodic.size:
+        return
     lengths = np.linalg.norm(periodic, axis=1)
     singular = bool((lengths == 0).any())
-    if periodic.size and not singular:
+    if not singular:
         singular = bool(np.linalg.svd(periodic / lengths[:, None], compute_uv=False)[-1] < SINGULAR)
     if singular:
         raise StructureError(
@@ -69,7 +83,29 @@ def _check_cell(atoms: Atoms) -> None:
         )
 
 
-def _check_distances(atoms: Atoms) -> None:
+def is_thin(atoms: Atoms) -> bool:
+    """Whether images follow each other within 1 Å, so that a search with a long cutoff finds very many.
+
+    Takes a cell that :func:`check_arrays` accepts.
+    """
+    if not atoms.pbc.any():
+        return False
+    periodic = atoms.cell.array[atoms.pbc]
+    lengths = np.linalg.norm(periodic, axis=1)
+    if lengths.min() < THIN:
+        return True
+    directions = periodic / lengths[:, None]
+    # The distances of lattice planes are the inverse lengths of the reciprocal vectors.
+    reciprocal = np.linalg.inv(directions @ directions.T).diagonal() / lengths**2
+    return bool((reciprocal > THIN**-2).any())
+
+
+def check_distances(atoms: Atoms) -> None:
+    """Refuse two atoms, or an atom and its own image, closer than 0.1 Å.
+
+    Raises:
+        StructureError: names the closest pair.
+    """
     from ase.neighborlist import neighbor_list
 
     i, j, distance = neighbor_list("ijd", atoms, COINCIDENT)

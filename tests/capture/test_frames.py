@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaq_compile.capture.frames import own_frame
+from gaq_compile.capture.graphs import find_pairs
 from gaq_compile.verify.structures import random_rotations, rattled, rotated
 
 STRUCTURES = {
@@ -30,6 +31,10 @@ def test_the_same_in_every_orientation(name, seed):
     assert np.abs(x - y).max() < 1e-10
     assert np.abs(here.cell.array - again.cell.array).max() < 1e-10
     frame = own_frame(there)
+    found, expected = (find_pairs(a, 4.0).turned(own_frame(a)) for a in (there, atoms))  # what is evaluated
+    for ends in ("receivers", "senders"):
+        assert np.array_equal(getattr(found, ends), getattr(expected, ends))
+    assert np.abs(found.vectors - expected.vectors).max() < 1e-10
     assert np.allclose(frame @ frame.T, np.eye(3)) and np.linalg.det(frame) == pytest.approx(1)
 
 

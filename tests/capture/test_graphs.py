@@ -18,16 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gaq_compile.capture import graphs
 from gaq_compile.capture.graphs import (
     TENSOR_NAMES,
     CalibratedRange,
     GraphFormat,
+    Pairs,
     calibrated_range,
     collate,
+    find_pairs,
     in_pairs,
     neighbours,
 )
+from gaq_compile.capture.structures import check_structure
 from gaq_compile.errors import StructureError, UnknownElementError
+from gaq_compile.verify.structures import random_rotations, rotated
 
 FORM = GraphFormat(TENSOR_NAMES, 3.0, 6.0, elements=(1, 6, 8))
 
@@ -89,6 +94,35 @@ def test_edges_come_in_pairs(structures):
         expected = _sorted(i, j, np.concatenate([f[2] for f in found]))
         assert np.allclose(_sorted(receivers, senders, vectors), expected, atol=1e-4)
     assert in_pairs(tensors, form) is tensors
+
+
+def _same(found: Pairs, expected: Pairs) -> None:
+    assert all(np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, graphs.FEW, graphs.FEW + 1])
+def test_pairs_of_few_atoms_are_those_of_many(monkeypatch, count):
+    """Two ways to find them, the same answer to the bit; also with atoms on top of each other."""
+    positions = np.random.default_rng(count).uniform(0, 6, (count, 3))
+    positions[-1] = positions[0]
+    atoms = Atoms(["H"] * count, positions)
+    found = find_pairs(atoms, 4.0)
+    monkeypatch.setattr(graphs, "FEW", 0)
+    _same(find_pairs(atoms, 4.0), found)
+    assert found.receivers.dtype == found.senders.dtype == np.int64
+    assert (found.lengths < 4.0).all()
+
+
+@pytest.mark.parametrize("structures", STRUCTURES.values(), ids=STRUCTURES)
+def test_pairs_within_a_cutoff_and_turned(structures):
+    (rotation,) = random_rotations(1, 3)
+    for atoms in structures:
+        pairs = find_pairs(atoms, 7.0)
+        assert pairs.within(7.0) is pairs
+        _same(pairs.within(4.1), find_pairs(atoms, 4.1))
+        turned, expected = pairs.turned(rotation), find_pairs(rotated(atoms, rotation), 7.0)
+        assert np.array_equal(turned.receivers, expected.receivers)
+        assert np.allclose(turned.vectors, expected.vectors) and np.allclose(turned.lengths, expected.lengths)
 
 
 def _shuffled(tensors: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -257,6 +291,36 @@ def test_nothing_and_rubbish():
     for structures in ([], ["H2O"], [Atoms()], [None]):
         with pytest.raises(StructureError):
             collate(structures, FORM)
+
+
+COINCIDENT = {
+    "molecule": Atoms("HOH", [[0, 0, 0], [1, 0, 0], [1, 0, 0.01]]),
+    "exactly": Atoms("HOH", [[0, 0, 0], [1, 0, 0], [1, 0, 0]]),
+    "across a boundary": Atoms("H2", [[0.01, 0, 0], [4.99, 0, 0]], cell=[5, 5, 5], pbc=True),
+    "own image": Atoms("H", cell=[0.02, 5, 5], pbc=True),
+    "own image in a skewed cell": Atoms("H", cell=[[5, 0, 0], [5, 0.08, 0], [0, 0, 5]], pbc=True),
+    "wire": Atoms("H", cell=[0.05, 0, 0], pbc=(True, False, False)),
+    "many": Atoms(["H"] * 80, np.repeat(np.arange(40.0)[:, None] * [1, 0, 0], 2, axis=0)),
+}
+
+
+@pytest.mark.parametrize("atoms", COINCIDENT.values(), ids=COINCIDENT)
+def test_coincident_atoms_are_named_as_by_the_check(atoms):
+    """Here edges tell whether there are such atoms; the words are those of ``check_structure``."""
+    with pytest.raises(StructureError) as expected:
+        check_structure(atoms)
+    with pytest.raises(StructureError) as found:
+        collate([molecule("H2O"), atoms, Atoms("H", [[np.nan, 0, 0]])], FORM)
+    assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("gap", [0.1, 0.11, 0.3])
+def test_close_atoms_are_not_coincident(gap):
+    close = Atoms("H2", [[0, 0, 0], [0, 0, gap]])
+    thin = Atoms("H", cell=[6, 6, gap], pbc=(False, False, True))
+    form = GraphFormat(TENSOR_NAMES, 0.05, 1.0)
+    assert collate([close, thin], form)["senders"].tolist() == []
+    assert len(collate([close], form)["senders_lr"]) == 2
 
 
 @pytest.mark.parametrize("charge", [float("nan"), "plus one", [1, 2]], ids=str)

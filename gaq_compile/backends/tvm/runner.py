@@ -239,6 +239,7 @@ class Segment:
 
     def _plan(self, room: list[int]) -> None:
         lives = [(room[v.size] * v.width * v.dtype.itemsize, v.first, v.last) for v in self._inner]
-        offsets, self._bytes = places(lives)
-        self._room, self._offsets, self._start = room, np.array(offsets, np.uint64), -1
-        self.arena.reserve(self, self._bytes)
+        offsets, size = places(lives)
+        self.arena.reserve(self, size)  # first: without memory the plan before stays
+        self._room, self._offsets = room, np.array(offsets, np.uint64)
+        self._bytes, self._start = size, -1

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from test_launch import CONV
 from test_tvm_rows import _Group
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 
 pytest.importorskip("tvm")
 
@@ -25,11 +28,18 @@ from gaq_compile.backends.tvm.conv import conv_backward, conv_forward
 from gaq_compile.backends.tvm.dense_plan import DenseSchedule
 from gaq_compile.backends.tvm.launch import Launch
 from gaq_compile.backends.tvm.linear import LinearKernel, LinearProblem, lower_linear
-from gaq_compile.backends.tvm.pointwise import lower_gate, lower_mddq
+from gaq_compile.backends.tvm.pointwise import (
+    lower_gate,
+    lower_harmonics,
+    lower_mddq,
+    lower_product_backward,
+)
 from gaq_compile.backends.tvm.rows_kernel import lower_rows
-from gaq_compile.backends.tvm.runner import Segment
+from gaq_compile.backends.tvm.runner import Segment, native
 from gaq_compile.backends.tvm.sum_rows_kernel import lower_sum_rows
+from gaq_compile.capture.graphs import GraphFormat
 from gaq_compile.errors import LoweringError
+from gaq_compile.passes.lower import KernelCall
 from gaq_compile.passes.straight_line import Step
 
 aten = torch.ops.aten
@@ -480,3 +490,85 @@ def test_threads_share_a_segment(layer) -> None:
     finally:
         sys.setswitchinterval(interval)
     assert not problems
+
+
+# --- graphs ---------------------------------------------------------------------------------------
+
+
+FORM = GraphFormat(("edge_vec", "receivers", "senders", "batch"), 5.0)
+
+
+def _lowered(atoms: Tensor) -> GraphModule:
+    """Kernels of vectors, and of what lasts; one result of a kernel is read twice, one not at all."""
+    graph, root = Graph(), nn.Module()
+    root.register_buffer("atoms", atoms)
+    kernels = {
+        "harmonics": lower_harmonics("1x0e+1x1e", True, "component", host_target()),
+        "linear": _linear("3x0e -> 8x0e"),
+        "sums": lower_sum_rows(8, host_target()),
+        "few": lower_sum_rows(4, host_target()),
+        "gate": _gate("8x0e ;  ;  ; silu ; "),
+        "backward": lower_product_backward("8x0e * 1x0e+1x1e -> 8x0e+8x1e | 0.0.0 0.1.1", host_target()),
+    }
+    for name, kernel in kernels.items():
+        root.add_module(name, KernelCall(kernel, name))
+    vec, receivers, senders, batch = map(graph.placeholder, FORM.inputs)
+    rows = graph.call_function(aten.sym_size.int, (batch, 0))
+    edges = graph.call_function(aten.sym_size.int, (receivers, 0))
+    ones = graph.call_function(aten.ones.default, ([edges, 8],))
+    count = graph.call_module("sums", (ones, receivers, rows))  # lasts
+    known = graph.call_function(aten.index.Tensor, (graph.get_attr("atoms"), [batch]))
+    own = graph.call_module("gate", (known,))  # lasts longer
+    weight = graph.call_module("linear", (vec,))
+    sh = graph.call_module("harmonics", (vec,))
+    x = graph.call_function(aten.index.Tensor, (own, [senders]))
+    wide = graph.call_function(aten.cat.default, ([weight, x, x, weight], 1))
+    grads = graph.call_module("backward", (wide, x, sh, graph.call_function(aten.cat.default, ([x, x], 1))))
+    parts = [graph.call_function(operator.getitem, (grads, k)) for k in (0, 1, 0)]
+    totals = graph.call_module("sums", (graph.call_module("gate", (parts[0],)), senders, rows))
+    last = graph.call_module("few", (parts[1], receivers, rows))
+    graph.output((totals, last, count, parts[2], own))
+    return GraphModule(root, graph)
+
+
+@pytest.mark.parametrize("positions", [None, "edge_vec"])
+def test_graphs_of_kernels_and_operators(positions: str | None) -> None:
+    gm = _lowered(torch.randn(3, 8))
+    run = native(gm, replace(FORM, positions=positions))
+    cases = ((5, 20, 0), (5, 20, 0), (5, 20, 1), (30, 400, 0), (2, 1, 0), (4, 0, 0), (5, 20, 0))
+    for atoms, edges, seed in cases:
+        g = torch.Generator().manual_seed(atoms + edges)
+        ends = torch.randint(0, atoms, (2, edges), generator=g)
+        batch = torch.randint(0, 3, (atoms,), generator=g)
+        vec = torch.randn(edges, 3, generator=g.manual_seed(seed))
+        got, expected = run(vec, *ends, batch), gm(vec, *ends, batch)
+        _same(got, expected)
+        for t in got:
+            t.zero_()
+
+
+def test_what_lasts_is_computed_once_for_a_neighbour_list(monkeypatch) -> None:
+    """Until the list changes, not only vectors; graphs of their own tensors have nothing that lasts.
+
+    Of eight kernels one is called by itself, since one of its results is read twice.
+    """
+    runs: list[int] = []
+    plain = Segment.__call__
+    monkeypatch.setattr(
+        Segment, "__call__", lambda self, *given: runs.append(len(self.steps)) or plain(self, *given)
+    )
+    gm = _lowered(torch.randn(3, 8))
+    run, never = native(gm, FORM), native(gm, replace(FORM, positions="edge_vec"))
+    ends, batch = torch.randint(0, 5, (2, 20)), torch.randint(0, 3, (5,))
+
+    def kernels(function: Callable[..., Any]) -> int:
+        runs.clear()
+        function(torch.randn(20, 3), *ends, batch)
+        return sum(runs)
+
+    assert [kernels(run), kernels(run), kernels(run)] == [7, 5, 5]
+    ends[0, 0] = (ends[0, 0] + 1) % 5
+    assert [kernels(run), kernels(run)] == [6, 5]
+    batch[0] = (batch[0] + 1) % 3
+    assert [kernels(run), kernels(run)] == [7, 5]
+    assert [kernels(never), kernels(never)] == [7, 7]

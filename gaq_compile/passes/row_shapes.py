@@ -17,8 +17,9 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..capture.graphs import EDGE_VECTORS, GraphFormat
 
-# No static size of a model is a prime this large.
+# No static size of a model is a prime this large, and none is larger than what rows make: twice them, half.
 PRIMES = {"atom": 1000003, "bond": 1000033, "edge": 2 * 1000033, "pair": 1000037, "graph": 1000039}
+_LARGEST = 300_000
 NARROW = 16  # elements per row from which on a row is worth a loop of its own
 _KINDS = {size: kind for kind, size in PRIMES.items()}
 
@@ -40,7 +41,7 @@ class RowShape:
     @property
     def static(self) -> bool:
         """Whether all sizes but the number of rows are fixed."""
-        return all(size not in _KINDS and size - 1 not in _KINDS for size in self.row)
+        return all(size <= _LARGEST for size in self.row)
 
 
 def row_shapes(graph_module: GraphModule, form: GraphFormat) -> dict[Node, RowShape]:

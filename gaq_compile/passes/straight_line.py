@@ -104,11 +104,15 @@ class Remembered:
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         last, given = self._last, arguments[: self.compared]
-        if last is not None and all(map(torch.equal, last[0], given)):
+        if last is not None and all(map(_is_same, last[0], given)):
             return last[1]
         value = self.function(*arguments)
         self._last = tuple(t.clone() for t in given), value  # the caller may change its own
         return value
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype is b.dtype and torch.equal(a, b)
 
 
 Item = tuple[Node, ...]
@@ -180,8 +184,14 @@ class _Writer:
         """The results; what is remembered stays with us, the caller gets a copy."""
         if isinstance(values, tuple | list):
             return f"({''.join(self._returned(v) + ', ' for v in values)})"
-        kept = isinstance(values, Node) and self.levels.get(values, 0) < len(self.lasting)
-        return f"{self._value(values)}.clone()" if kept else self._value(values)
+        return f"{self._value(values)}.clone()" if self._is_kept(values) else self._value(values)
+
+    def _is_kept(self, value: Any) -> bool:
+        """Whether a value is remembered, or a view of one that is."""
+        if not isinstance(value, Node):
+            return False
+        seen = getattr(value.target, "is_view", False) or value.target is operator.getitem
+        return self.levels.get(value, 0) < len(self.lasting) or (seen and self._is_kept(value.args[0]))
 
     def _segment(self, nodes: Item, together: Together) -> str:
         """Several kernels as one call."""
@@ -189,6 +199,8 @@ class _Writer:
         steps = [_step(self.gm, node) for node in nodes if node.op == "call_module"]
         inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
         outputs = [n for n in nodes if not inside.issuperset(n.users)]
+        if not outputs:
+            return ""
         run = together(steps, [n.name for n in inputs], [n.name for n in outputs])
         given = ", ".join(map(self._compacted, inputs))
         self.from_kernels.update(outputs)
@@ -277,7 +289,8 @@ def _items(gm: GraphModule, nodes: Sequence[Node]) -> list[Item]:
     """What torch runs as early as can be, so that the kernels between are few long stretches."""
     launches = {node for node in nodes if _is_launch(gm, node)}
     launches |= {n for n in nodes if n.target is operator.getitem and n.args[0] in launches}
-    waiting, open_ = list(nodes), set(nodes)
+    waiting = [node for node in nodes if node.op != "output"]
+    open_ = set(waiting)
     found: list[Item] = []
     while waiting:
         for kernels in (False, True):
@@ -288,7 +301,7 @@ def _items(gm: GraphModule, nodes: Sequence[Node]) -> list[Item]:
                     open_.remove(node)
             waiting = [node for node in waiting if node in open_]
             found += [tuple(taken)] if kernels and taken else [(node,) for node in taken]
-    return found
+    return found + [(node,) for node in nodes if node.op == "output"]
 
 
 def _is_launch(gm: GraphModule, node: Node) -> bool:
@@ -297,7 +310,9 @@ def _is_launch(gm: GraphModule, node: Node) -> bool:
     launch = getattr(module.run, "launch", None) if isinstance(module, KernelCall) else None
     if launch is None:
         return False
-    return not launch.several or all(user.target is operator.getitem for user in node.users)
+    places = [user.args[1] for user in node.users if user.target is operator.getitem]
+    one_by_one = len(node.users) == len(places) == len({k for k in places if k >= 0})
+    return one_by_one if launch.several else not places
 
 
 def _last_uses(items: Sequence[Item], kept: Sequence[Node]) -> dict[Item, list[Node]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -192,6 +193,76 @@ def test_writing_by_index_is_no_sum(graph, inputs):
     gm = graph(function)
     sum_rows(gm, FORM, row_shapes(gm, FORM))
     assert torch.ops.gaq.sum_rows.default not in [n.target for n in gm.graph.nodes]
+
+
+def test_sums_into_views_of_zeros_are_sums_alone(graph, inputs):
+    """Nothing is added to them afterwards; how many rows there are is asked of an input."""
+
+    def function(vec, receivers, senders, batch):
+        first = torch.exp(vec.new_zeros(batch.shape[0], 3).view(-1, 3).index_add(0, receivers, vec))
+        return first.new_zeros(first.shape[0], 3).expand(-1, 3).index_add(0, senders, vec) * first
+
+    gm = graph(function)
+    after = fuse_rows(gm, FORM)
+    sums = [n for n in after.graph.nodes if n.target is gaq.sum_rows.default]
+    sizes = {n.args[2] for n in sums}
+    assert len(sums) == 2 and [(n.target, n.args[0].name) for n in sizes] == [(aten.sym_size.int, "batch_1")]
+    functions = {n.target for n in after.graph.nodes if n.op == "call_function"}
+    assert functions <= {gaq.sum_rows.default, aten.sym_size.int, operator.getitem}
+    _same(gm, after, inputs)
+
+
+def test_ones_and_zeros_that_rows_meet_are_numbers(graph, inputs):
+    """Also those that are spread from one number, as gradients begin."""
+
+    def function(vec, receivers, senders, batch):
+        spread = vec.new_ones(()).expand(vec.shape[0]).unsqueeze(1).expand(-1, 3)
+        return (torch.exp(vec) * spread + torch.zeros_like(vec)) * torch.ones_like(vec)
+
+    gm = graph(function)
+    after = fuse_rows(gm, FORM)
+    (group,) = _groups(after)
+    made = {aten.ones.default, aten.zeros.default, aten.sym_size.int}
+    assert not made & {n.target for g in (after.graph, group.graph) for n in g.nodes}
+    _same(gm, after, inputs)
+
+
+def test_whole_numbers_that_floats_meet_are_floats_beforehand(graph, inputs):
+    """Numbers of neighbours: what computes with floats can be in groups, what counts stays whole."""
+
+    def function(vec, receivers, senders, batch):
+        ones = torch.ones_like(receivers) + 2**24  # one more than that is no float32
+        count = batch.new_zeros(batch.shape[0]).index_add(0, receivers, ones)
+        total = vec.new_zeros(batch.shape[0], 3).index_add(0, receivers, torch.exp(vec))
+        mean = total / (count + 1).unsqueeze(1)
+        return mean * 2.0, total * count.unsqueeze(1), count * 3, total > count.unsqueeze(1)
+
+    gm = graph(function)
+    after = fuse_rows(gm, FORM)
+    copies = [n for n in after.graph.nodes if n.target is aten._to_copy.default]
+    assert [n.kwargs for n in copies] == [{"dtype": torch.float32}] * 2
+    assert [g.rows for g in _groups(after)] == ["edge", "atom", "atom"]
+    grouped = {n.target for g in _groups(after) for n in g.graph.nodes}
+    assert {aten.div.Tensor, aten.mul.Tensor} <= grouped and aten.add.Tensor not in grouped
+    for a, b in zip(gm(*inputs), after(*inputs), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_whole_numbers_of_constants_are_floats_beforehand():
+    graph, root = Graph(), nn.Module()
+    root.register_buffer("degrees", torch.tensor([1, 2, 3]))
+    vec, *_ = [graph.placeholder(name) for name in FORM.inputs]
+    x = graph.call_function(aten.exp.default, (vec,))
+    degrees = graph.get_attr("degrees")
+    whole = graph.call_function(aten.add.Tensor, (degrees, 1))
+    graph.output((graph.call_function(aten.mul.Tensor, (x, degrees)), whole, degrees))
+    gm = GraphModule(root, graph)
+    after = fuse_rows(gm, FORM)
+    (group,) = _groups(after)
+    assert [b.dtype for b in group.buffers()] == [torch.float32] and group.operators == 2
+    given = torch.randn(7, 3), *(torch.zeros(7, dtype=torch.int64),) * 2, torch.zeros(5, dtype=torch.int64)
+    for a, b in zip(gm(*given), after(*given), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 def test_row_shapes_name_what_there_is_a_row_of(graph):

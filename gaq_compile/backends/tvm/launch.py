@@ -187,8 +187,10 @@ def fresh(part: Output, given: Sequence[Any]) -> Tensor:
 
 
 def count(argument: Tensor | int) -> int:
-    """The rows of a tensor; a number is one itself."""
-    return argument if isinstance(argument, int) else argument.shape[0]
+    """The rows of a tensor, of one without axes 1; a number is one itself."""
+    if isinstance(argument, int):
+        return argument
+    return argument.shape[0] if argument.ndim else 1
 
 
 def _seen(part: Output, result: Tensor) -> Tensor:

@@ -112,14 +112,19 @@ class Segment:
         self._table = CallTable()
         self._values = {name: _Value(self._table.value(), k) for k, name in enumerate(inputs)}
         self._numbers: list[int] = []  # sizes that the graph itself says
-        self._taken: dict[int, tuple[int | None, int, torch.dtype]] = {}  # what inputs have to be
+        # What inputs have to be: place, size, width, dtype; once for each way that kernels see them.
+        self._taken: dict[tuple[int, int | None, int, torch.dtype], None] = {}
+        self._turned: list[tuple[_Value, int | None, int]] = []  # what is read in other rows than it has
         self._calls = [self._call(k, step) for k, step in enumerate(steps)]
         self._table.finish()
         self._wanted = [self._values[name] for name in outputs]
         given = [value for value in self._values.values() if value.first < 0]
         self._inner = [v for v in self._values.values() if v not in self._wanted and v not in given]
+        self._widths = {(size, width) for _, size, width, _ in self._taken}
+        self._widths |= {(v.size, v.width) for v in self._values.values() if v.first >= 0}
         self._inner_numbers = np.array([v.number for v in self._inner], np.int64)
-        self._outer_numbers = np.array([*self._taken, *(v.number for v in self._wanted)], np.int64)
+        self._read_places = list(dict.fromkeys(place for place, *_ in self._taken))
+        self._outer_numbers = np.array([*self._read_places, *(v.number for v in self._wanted)], np.int64)
         self._sizes: list[int] = []
         self._room: list[int] = []  # the sizes that places are planned for
         self._offsets, self._bytes, self._start = np.zeros(0, np.uint64), 0, -1
@@ -146,9 +151,11 @@ class Segment:
 
     def _read(self, value: _Value, part: Input, place: int) -> tuple[int, int]:
         value.last = place
-        size = value.size if part.has_rows else None
+        size, width = value.size if part.has_rows else None, math.prod(part.row)
         if value.first < 0:
-            self._taken[value.number] = (size, math.prod(part.row), part.dtype)
+            self._taken[value.number, size, width, part.dtype] = None
+        elif (size, width) != (value.size, value.width):
+            self._turned.append((value, size, width))
         return self._table.slot(value.number, part.row, part.dtype, size)
 
     def _make(self, name: str, part: Output, given: list[Any], place: int) -> tuple[int, int]:
@@ -180,9 +187,9 @@ class Segment:
 
     def _run(self, given: Sequence[Any], sizes: list[int]) -> list[Tensor] | None:
         """The outputs; None where the kernels cannot be run like this, or one of them has failed."""
-        for place, (size, width, dtype) in self._taken.items():
-            tensor, rows = given[place], 1 if size is None else sizes[size]
-            if tensor.dtype is not dtype or tensor.numel() != rows * width or not tensor.is_contiguous():
+        for place, size, width, dtype in self._taken:
+            tensor, elements = given[place], width if size is None else sizes[size] * width
+            if tensor.dtype is not dtype or tensor.numel() != elements or not tensor.is_contiguous():
                 return None
         if sizes != self._sizes and not self._resize(sizes):
             return None
@@ -190,7 +197,7 @@ class Segment:
             self._start = self.arena.start
             self._table.set_addresses(self._inner_numbers, self._offsets + np.uint64(self._start))
         made = [self._fresh(value, given) for value in self._wanted]
-        pointers = [given[place].data_ptr() for place in self._taken]
+        pointers = [given[place].data_ptr() for place in self._read_places]
         self._table.set_addresses(self._outer_numbers, pointers + [tensor.data_ptr() for tensor in made])
         return made if self._table.run() else None
 
@@ -215,16 +222,17 @@ class Segment:
     def _resize(self, sizes: list[int]) -> bool:
         """Take new sizes over; False where a kernel does not take them."""
         before, self._sizes = self._sizes, []  # none, should anything fail in between
-        made = (v for v in self._values.values() if v.first >= 0)
+        most = max(_elements(sizes, size, width) for size, width in self._widths)
+        fits = all(_elements(sizes, k, n) == sizes[v.size] * v.width for v, k, n in self._turned)
         empty = any(call.launch.empty is not None and sizes[call.counted] == 0 for call in self._calls)
-        if empty or max(sizes[v.size] * v.width for v in made) > MAX_ELEMENTS:
+        if empty or not fits or most > MAX_ELEMENTS:
             return False
         for k, call in enumerate(self._calls):
             rows = sizes[call.counted]
             if not before or before[call.counted] != rows:
                 self._choose(k, call, rows)
         self._table.set_sizes(sizes)
-        wide = self._bytes > LARGE and all(_SHRUNK * n < m for n, m in zip(sizes, self._room, strict=True))
+        wide = self._bytes > LARGE and _SHRUNK * self._apart(sizes) < self._apart(self._room)
         if not self._room or wide or any(n > m for n, m in zip(sizes, self._room, strict=True)):
             self._plan([n + n // _SPARE for n in sizes])
         self._sizes = sizes
@@ -237,8 +245,18 @@ class Segment:
         self._table.set_function(k, call.choice.function)
         self._table.set_arguments(k, call.fixed, self._more(call.choice))
 
+    def _apart(self, sizes: Sequence[int]) -> int:
+        """Bytes of the arena's values, did each have a place of its own."""
+        return sum(sizes[v.size] * v.width * v.dtype.itemsize for v in self._inner)
+
     def _plan(self, room: list[int]) -> None:
         lives = [(room[v.size] * v.width * v.dtype.itemsize, v.first, v.last) for v in self._inner]
-        offsets, self._bytes = places(lives)
-        self._room, self._offsets, self._start = room, np.array(offsets, np.uint64), -1
-        self.arena.reserve(self, self._bytes)
+        offsets, size = places(lives)
+        self.arena.reserve(self, size)  # first: without memory the plan before stays
+        self._room, self._offsets = room, np.array(offsets, np.uint64)
+        self._bytes, self._start = size, -1
+
+
+def _elements(sizes: Sequence[int], size: int | None, width: int) -> int:
+    """Of a tensor with rows of so many elements; of one without rows, where there is no ``size``."""
+    return width if size is None else sizes[size] * width

@@ -45,13 +45,13 @@ def plain_sizes(gm: GraphModule, form: GraphFormat, shapes: dict[Node, RowShape]
     for node in calls(gm, aten.sym_size.int):
         source, axis = node.args
         shape = shapes.get(source)  # type: ignore[call-overload]
-        if axis == 0 and shape is not None and shape.rows is not None:
+        if axis == 0 and shape is not None and shape.rows is not None and sizes.has(shape.rows):
             node.replace_all_uses_with(sizes.of(shape.rows))
     for node in list(gm.graph.nodes):
         target = _FILLS.get(node.target)
         if target is None and node.target in _SPREADS and is_call(node.args[0], *_FILLS.values()):
             target = node.args[0].target
-        if target is not None and _is_known(shapes.get(node)):
+        if target is not None and _is_known(shapes.get(node), sizes):
             _replace(gm, node, target, sizes, shapes)
     gm.graph.eliminate_dead_code()
 
@@ -69,6 +69,10 @@ class _Sizes:
             rows = shapes[node].rows if node in shapes else None
             if rows is not None:
                 self.source.setdefault(rows, node)
+
+    def has(self, rows: str) -> bool:
+        """Whether an input says how many there are."""
+        return rows in self.source or (rows == "graph" and any(n.target == "ptr" for n in self.inputs))
 
     def of(self, rows: str) -> Node:
         if rows not in self.found:
@@ -88,8 +92,8 @@ class _Sizes:
         return self.gm.graph.call_function(aten.sym_size.int, (node, 0))
 
 
-def _is_known(shape: RowShape | None) -> bool:
-    return shape is not None and shape.static
+def _is_known(shape: RowShape | None, sizes: _Sizes) -> bool:
+    return shape is not None and shape.static and (shape.rows is None or sizes.has(shape.rows))
 
 
 def _replace(gm: GraphModule, node: Node, target: Any, sizes: _Sizes, shapes: dict[Node, RowShape]) -> None:

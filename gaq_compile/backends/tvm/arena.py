@@ -26,7 +26,7 @@ class Arena:
         self._take(0)
 
     def reserve(self, user: object, size: int) -> None:
-        """Make room for a user's ``size`` bytes; where there is no memory, nothing changes.
+        """Make room for a user's ``size`` bytes; where there is no memory, what was reserved stays so.
 
         Raises:
             RuntimeError: torch's, if there is no memory.
@@ -34,10 +34,15 @@ class Arena:
         needs = {**self._needs, user: size}
         wanted, held = max(needs.values()), self.memory.numel() - LINE
         if wanted > held or held > max(LARGE, 4 * wanted):
-            self._take(wanted)
+            try:
+                self._take(wanted)
+            except RuntimeError:
+                self._take(held)
+                raise
         self._needs = needs
 
     def _take(self, size: int) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)  # let go before asking for more
         self.memory = torch.empty(size + LINE, dtype=torch.uint8)
         self.start = -(-self.memory.data_ptr() // LINE) * LINE
 

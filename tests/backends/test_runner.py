@@ -373,6 +373,17 @@ def test_without_memory_the_next_call_is_right(monkeypatch) -> None:
     _check(segment, [given[name] for name in segment.inputs])
 
 
+def test_a_constant_with_gaps_is_read_as_what_it_says() -> None:
+    steps = torch.rand(8) + 0.1
+    whole = lower_mddq("8x0e", "s8 m8d8", steps, host_target())
+    x, _, y = whole.parts
+    spread = torch.stack([steps, torch.full((8,), torch.nan)], 1)[:, 0]
+    chain = _Chain()
+    segment = chain.segment([chain(replace(whole, parts=(x, spread, y)), "x")])
+    given = torch.randn(5, 8)
+    _same(segment(given), [whole(given)])
+
+
 # --- arenas ---------------------------------------------------------------------------------------
 
 

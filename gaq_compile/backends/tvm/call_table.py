@@ -86,10 +86,10 @@ class CallTable:
     def constant(self, tensor: Tensor) -> tuple[int, int]:
         """A tensor that stays the same, as an argument."""
         if id(tensor) not in self._constants:
-            sizes, held = np.array(tensor.shape, np.int64), np.zeros(1, _TENSOR)
-            held["data"], held["axes"], held["shape"] = tensor.data_ptr(), tensor.ndim, sizes.ctypes.data
-            _describe(held[0], tensor.dtype)
-            self._kept += [tensor, sizes, held]
+            sizes, held, rows = np.array(tensor.shape, np.int64), np.zeros(1, _TENSOR), tensor.contiguous()
+            held["data"], held["axes"], held["shape"] = rows.data_ptr(), rows.ndim, sizes.ctypes.data
+            _describe(held[0], rows.dtype)
+            self._kept += [tensor, rows, sizes, held]
             self._constants[id(tensor)] = held.ctypes.data
         return -1, self._constants[id(tensor)]
 

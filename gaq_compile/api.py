@@ -105,9 +105,11 @@ def quantize(
 
     traced = _Trace(prepared, subject, backends, strict, progress)
     if runs_here:
-        fused = _build(traced, resolve("fp32"))
+        in_torch = replace(traced, backends=[make_backend("reference")])
+        fused = _build(traced if config == resolve("fp32") else in_torch, resolve("fp32"))
         fp32 = checks.check_fp32(subject.sides(fused.potential), subject.tests, subject.name)
         built = fused if config == resolve("fp32") else _build(traced, config)
+        _check_kernels(traced, built)
         figures = _measured(subject, built, fp32, measure)
     else:
         built = _build(traced, config)
@@ -217,6 +219,23 @@ def _build(trace: _Trace, config: QuantConfig) -> _Built:
     blank = _blank_report(subject, config, trace.backends[0])
     potential = Potential(graphs, subject.form, config, blank, on_gpu=is_cuda(blank.target))
     return _Built(config, choice, graphs, placements, potential)
+
+
+def _check_kernels(trace: _Trace, built: _Built) -> None:
+    """Compare a scheme's kernels with the same graph in torch; ``fp32`` stood beside the original."""
+    if built.config == resolve("fp32") or trace.backends[0].name == "reference":
+        return
+    subject = trace.subject
+    lowered, _ = lower(built.graphs["group_rows"], [make_backend("reference")])
+    report = replace(built.potential.report, backend="reference")
+    in_torch = Potential({"lower": lowered}, subject.form, built.config, report)
+    checks.check_kernels(
+        subject.sides(in_torch),
+        subject.sides(built.potential).compiled,
+        subject.tests[:1],
+        is_conservative(built.config),
+        subject.name,
+    )
 
 
 def _chosen(trace: _Trace, config: QuantConfig, observed: Observed) -> tuple[QuantConfig, dict[str, Any]]:

@@ -247,6 +247,39 @@ def test_fp32_check(change):
         checks.check_fp32(_sides(change), structures, "here")
 
 
+@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: replace(p, forces=p.forces * 1.05),
+        lambda p: replace(p, forces=p.forces * np.nan),
+        lambda p: replace(p, forces=-p.forces),
+    ],
+    ids=["scaled", "nan", "sign"],
+)
+def test_kernels_are_compared_with_torch(change, smooth):
+    """Where activations are rounded the graph in torch is off by 1 %, and kernels may be by twice that."""
+    structures = [molecule("H2O")]
+    in_torch = _sides(lambda p: p if smooth else replace(p, forces=p.forces * 1.01))
+    checks.check_kernels(in_torch, in_torch.compiled, structures, smooth, "here")
+    checks.check_kernels(in_torch, in_torch.original, structures, False, "here")
+    with pytest.raises(VerificationError, match=r"kernels do not compute|not finite"):
+        kernels = _sides(change).compiled
+        checks.check_kernels(in_torch, kernels, structures, smooth, "here")
+
+
+def test_a_wrong_kernel_is_not_handed_out(monkeypatch):
+    """A gate that is 2 % too large."""
+    from gaq_compile.backends.tvm import gate_kernel
+
+    text = gate_kernel.gate_source.__wrapped__
+    monkeypatch.setattr(
+        gate_kernel, "gate_source", lambda spec: text(spec).replace("T.float32(1.0)", "T.float32(1.02)")
+    )
+    with pytest.raises(VerificationError, match="kernels do not compute"):
+        gaq_compile.quantize("sevennet-0", molecule("H2O"), "w8", measure=False, progress=False)
+
+
 # --- bad arguments --------------------------------------------------------------------------------
 
 

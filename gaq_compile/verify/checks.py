@@ -59,6 +59,40 @@ def check_fp32(sides: Sides, structures: Sequence[Atoms], where: str) -> Parity:
     return found
 
 
+def check_kernels(
+    in_torch: Sides, kernels: Evaluate, structures: Sequence[Atoms], smooth: bool, where: str
+) -> Parity:
+    """Refuse kernels that do not compute what the same graph computes in torch.
+
+    Where activations are rounded, last bits decide which way some are rounded: forces may then differ as
+    much as rounding itself makes them differ from the original's, twice over.
+
+    Args:
+        in_torch: the original, and the graph in torch.
+        kernels: the graph by its kernels.
+        structures: to compare on.
+        smooth: whether no activation is rounded.
+        where: for the error.
+
+    Raises:
+        VerificationError: naming the difference and what is allowed.
+    """
+    found = parity(in_torch.compiled, kernels, list(structures))
+    scale = found.force_mae_mev_per_a / found.force_rel if found.force_rel > 0 else 0.0
+    allowed = max(FP32_FORCE, FP32_RELATIVE * scale if np.isfinite(scale) else 0.0)
+    if not smooth:
+        rounding = parity(in_torch.original, in_torch.compiled, list(structures))
+        allowed += 2 * rounding.force_mae_mev_per_a
+    if not found.force_mae_mev_per_a <= allowed:
+        raise VerificationError(
+            f"kernels do not compute what the graph does: forces differ by {found.force_mae_mev_per_a:.4g} "
+            f"meV/Å, allowed is {allowed:.4g}",
+            where=where,
+            fix="a kernel is wrong on this machine: report it; backend='reference' runs without kernels",
+        )
+    return found
+
+
 def accuracy_figures(sides: Sides, structures: Sequence[Atoms], fp32: Parity) -> dict[str, float]:
     """Errors against the original, and those of the fusion-only form beside them."""
     found = parity(sides.original, sides.compiled, list(structures))

@@ -27,6 +27,7 @@ from ...errors import LoweringError, MissingPackageError
 from .reader import read_kernel
 
 ENTRY = "main"  # the name of every generated kernel function
+_IDLE_PASSES = ["s_tir.CompactBufferAllocation"]  # our buffers are as small as can be; two thirds of a build
 
 
 def cache_dir() -> Path:
@@ -108,16 +109,24 @@ def kernel_argument(value: torch.Tensor) -> Any:
 
 
 def kernel_key(source: str, target: str) -> str:
-    """The hash that names a compiled kernel: text, target and TVM version."""
-    identity = "\0".join((source, target, tvm_version()))
+    """The hash that names a compiled kernel: text, target, TVM's version and how it is used."""
+    identity = "\0".join((source, target, tvm_version(), *_IDLE_PASSES))
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
-def build_executable(source: str, target: str) -> Any:
-    """Read and compile kernel text to a TVM executable, for any target TVM can generate."""
+def build_executable(source: str, target: str, config: dict[str, Any] | None = None) -> Any:
+    """Read and compile kernel text to a TVM executable, for any target TVM can generate.
+
+    Args:
+        source: kernel text.
+        target: a TVM target in JSON.
+        config: of TVM's passes; by default, and without the passes that do nothing for ours, a CPU's.
+    """
     tvm = import_tvm()
+    disabled = _IDLE_PASSES if config is None else None
     try:
-        return tvm.compile(_module(source), target=tvm.target.Target(json.loads(target)))
+        with tvm.transform.PassContext(config=config, disabled_pass=disabled):
+            return tvm.compile(_module(source), target=tvm.target.Target(json.loads(target)))
     except (tvm.error.InternalError, tvm.error.DiagnosticError, ValueError, TypeError, RuntimeError) as error:
         raise LoweringError(
             f"TVM rejected a generated kernel: {error}",

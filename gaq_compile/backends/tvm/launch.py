@@ -86,6 +86,7 @@ class Launch:
     Attributes:
         parts: what the kernel takes, in its order.
         choose: the function for a number of rows.
+        more: how many arguments come after ``parts``: as many as every choice has.
         counted: place of the argument whose rows are meant.
         several: whether the call's value is a tuple of all results, not the only one.
         empty: called instead where there are no rows; None where the kernel can do it.
@@ -94,6 +95,7 @@ class Launch:
 
     parts: tuple[Part, ...]
     choose: Callable[[int], Choice]
+    more: int = 0
     counted: int = 0
     several: bool = False
     empty: Callable[..., Any] | None = None

@@ -71,7 +71,8 @@ class LinearKernel:
         """The call as data."""
         dim_in, dim_out = self._dims
         parts = (Input(0, (dim_in,)), Output(0, (dim_out,)))
-        return Launch(parts, self._choose, empty=self._written, longer=self._written)
+        more = len(self.constants) + 1
+        return Launch(parts, self._choose, more, empty=self._written, longer=self._written)
 
     def _written(self, x: Tensor) -> Tensor:
         y = torch.empty((x.shape[0], self._dims[1]))

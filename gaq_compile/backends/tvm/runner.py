@@ -86,13 +86,13 @@ class _Call:
         launch: the kernel.
         counted: which of the segment's sizes decides its function.
         fixed: how many arguments it has before those that depend on the function.
-        choice: the present function, kept alive.
+        choice: the present function, kept alive; none before the first run.
     """
 
     launch: Launch
     counted: int
     fixed: int
-    choice: Choice
+    choice: Choice | None = None
 
 
 class Segment:
@@ -144,10 +144,8 @@ class Segment:
                 name = step.results.get(made, f"{step.name}.{made}")
                 arguments.append(self._make(name, part, given, place))
                 made += 1
-        choice = launch.choose(1)
-        table = self._table
-        table.call([*arguments, *self._more(choice)])
-        return _Call(launch, self._size(given[launch.counted]), len(arguments), choice)
+        self._table.call([*arguments, *[number(0)] * launch.more])  # which these are, the rows decide
+        return _Call(launch, self._size(given[launch.counted]), len(arguments))
 
     def _read(self, value: _Value, part: Input, place: int) -> tuple[int, int]:
         value.last = place
@@ -239,11 +237,12 @@ class Segment:
         return True
 
     def _choose(self, k: int, call: _Call, rows: int) -> None:
-        before, call.choice = call.choice, call.launch.choose(rows)
-        if len(call.choice.more) != len(before.more):
+        choice = call.launch.choose(rows)
+        if len(choice.more) != call.launch.more:
             raise LoweringError("a kernel takes more arguments for some numbers of rows than for others")
-        self._table.set_function(k, call.choice.function)
-        self._table.set_arguments(k, call.fixed, self._more(call.choice))
+        call.choice = choice
+        self._table.set_function(k, choice.function)
+        self._table.set_arguments(k, call.fixed, self._more(choice))
 
     def _apart(self, sizes: Sequence[int]) -> int:
         """Bytes of the arena's values, did each have a place of its own."""

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ....errors import LoweringError, MissingPackageError
-from ..build import build_executable, cache_dir, import_tvm, kernel_key
+from ..build import build_executable, cache_dir, kernel_key
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 """What every kernel is compiled for in tests; others that nvcc knows work too."""
@@ -93,8 +93,7 @@ def device_function(text: str, arch: str) -> DeviceFunction:
     path = cache_dir() / f"{kernel_key(text, cuda_target(arch))}.cu"
     if not path.exists():
         # Common subexpressions would be moved to the host, and become parameters without a known name.
-        with import_tvm().transform.PassContext(config={"tirx.disable_cse_tir": True}):
-            executable = build_executable(text, cuda_target(arch))
+        executable = build_executable(text, cuda_target(arch), {"tirx.disable_cse_tir": True})
         _write(path, executable.mod.imports[0].inspect_source().encode())
     return parsed(_plain(path.read_text()))
 

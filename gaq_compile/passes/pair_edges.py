@@ -373,8 +373,12 @@ def _axis(axis: object, shape: RowShape) -> int:
 
 
 def _total(term: Node) -> Node:
-    """The sum that a term ends up in."""
+    """The sum that a term ends up in, once."""
     node = term
-    while len(node.users) == 1 and is_call(next(iter(node.users)), aten.add.Tensor):
-        node = next(iter(node.users))
+    while len(node.users) == 1:
+        (user,) = node.users
+        once = is_call(user, aten.add.Tensor) and not user.kwargs and user.args.count(node) == 1
+        if not once:
+            break
+        node = user
     return node

@@ -175,6 +175,18 @@ def test_a_gradient_that_is_added_to_one_end_only_stays_with_the_edges(graph, in
     assert _check(graph(function), inputs) == {"bond": 2, "edge": 2}
 
 
+@pytest.mark.parametrize("share", ["twice", "scaled"])
+def test_unequal_shares_of_a_gradient_stay_with_the_edges(graph, inputs, share):
+    def function(vec, receivers, senders, batch):
+        vec = vec.detach().requires_grad_()
+        total = _gather_first(vec, receivers, senders, batch)
+        (gradient,) = torch.autograd.grad(total.sum(), vec)
+        one, other = _add(gradient, receivers, batch), _add(-gradient, senders, batch)
+        return total.detach(), one + one + other if share == "twice" else torch.add(one, other, alpha=0.5)
+
+    assert _check(graph(function), inputs) == {"bond": 2, "edge": 2}
+
+
 def test_a_gradient_that_is_read_by_itself_stays_with_the_edges(graph, inputs):
     def function(vec, receivers, senders, batch):
         vec = vec.detach().requires_grad_()

@@ -89,9 +89,13 @@ class LinearKernel:
             choice = self._choose(rows)
             choice.function(x, y, *choice.more)
 
+    def _for(self, rows: int) -> LinearKernel:
+        """The kernel that is tuned for so many rows, or this one."""
+        return next((k for size, k in self.tuned if size == bucket(rows)), self) if self.tuned else self
+
     def _choose(self, rows: int) -> Choice:
-        """What is tuned for so many rows, or the default; on all threads where that pays."""
-        kernel = next((k for size, k in self.tuned if size == bucket(rows)), self) if self.tuned else self
+        """On all threads where that pays."""
+        kernel = self._for(rows)
         parallel, task = launch(kernel.plan, rows, threads())
         return Choice(kernel._parallel if parallel else kernel._serial, (*kernel.constants, task))
 

@@ -26,7 +26,7 @@ from ..capture.graphs import GraphFormat
 from ..ir.specs import learned_directions, linear_spec
 from .decompose import decompose
 from .fold_constants import fold_constants
-from .graph_tools import add_buffer, aten, attribute, copied, finished, gaq, is_call
+from .graph_tools import LINEARS, VIEWS, add_buffer, aten, attribute, copied, finished, gaq, is_call
 from .indices import GATHERS, gather_index, is_sound
 from .pair_edges import pair_edges
 from .plain_sizes import plain_sizes
@@ -43,17 +43,12 @@ _EACH = {
     aten.silu_backward.default, aten.sin.default, aten.softplus.default, aten.sqrt.default,
     aten.sub.Tensor, aten.where.self,
 }
-VIEWS = {
-    aten._unsafe_view.default, aten.expand.default, aten.slice.Tensor, aten.squeeze.dim,
-    aten.clone.default, aten.reshape.default, aten.unsqueeze.default, aten.view.default,
-}
 # fmt: on
 _CREATIONS = {aten.ones.default: 1.0, aten.zeros.default: 0.0}
 _COMPARISONS = {
     aten.eq.Scalar, aten.ge.Scalar, aten.gt.Scalar, aten.le.Scalar, aten.lt.Scalar, aten.lt.Tensor,
 }  # fmt: skip
 _ARGUMENTS = {aten.softplus.default: 1, aten.rsub.Scalar: 2}  # further ones change what is computed
-LINEARS = (gaq.irreps_linear.default, gaq.int_irreps_linear.default)
 _REDUCTIONS = {aten.sum.dim_IntList, aten.mm.default}
 _MOST = 4096  # elements of a row
 _WIDEST = 512  # of a linear's row: tiles of wider ones leave the nearest cache anyway

@@ -13,6 +13,13 @@ aten = torch.ops.aten
 gaq = torch.ops.gaq
 
 ZEROS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
+LINEARS = (gaq.irreps_linear.default, gaq.int_irreps_linear.default)
+# fmt: off
+VIEWS = {
+    aten._unsafe_view.default, aten.expand.default, aten.slice.Tensor, aten.squeeze.dim,
+    aten.clone.default, aten.reshape.default, aten.unsqueeze.default, aten.view.default,
+}
+# fmt: on
 SCATTERS = (aten.scatter_reduce.two, aten.scatter_add.default, aten.index_add.default)
 
 

@@ -26,20 +26,15 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..capture.graphs import EDGE_VECTORS
-from .graph_tools import aten, attribute, gaq, is_call
+from .graph_tools import LINEARS, VIEWS, aten, attribute, gaq, is_call
 from .indices import GATHERS, gather_index
 from .row_shapes import RowShape
 
 EVEN, ODD = 1, -1
-LINEARS = (gaq.irreps_linear.default, gaq.int_irreps_linear.default)
 _VECTORS = "edge_vec"
 _RECEIVERS, _SENDERS = EDGE_VECTORS[_VECTORS]
 # fmt: off
-_VIEWS = {
-    aten._unsafe_view.default, aten.clone.default, aten.expand.default, aten.reshape.default,
-    aten.slice.Tensor, aten.squeeze.dim, aten.unsqueeze.default, aten.view.default,
-}
-_LINEAR = _VIEWS | {
+_LINEAR = VIEWS | {
     aten.add.Tensor, aten.mm.default, aten.mul.Scalar, aten.neg.default, aten.sub.Tensor,
     aten.sum.dim_IntList,
 }  # in every operand with a row per edge
@@ -158,7 +153,7 @@ class _Pairs:
             return EVEN
         if node.target is aten.pow.Tensor_Scalar and float(node.args[1]).is_integer():  # type: ignore[arg-type]
             return ODD if int(node.args[1]) % 2 else EVEN  # type: ignore[arg-type]
-        if node.target in _VIEWS | {aten.neg.default, aten.sum.dim_IntList, aten.mul.Scalar}:
+        if node.target in VIEWS | {aten.neg.default, aten.sum.dim_IntList, aten.mul.Scalar}:
             return ODD
         if node.target is aten.masked_fill.Scalar and node.args[2] == 0 and signs == [ODD, EVEN]:
             return ODD
@@ -184,9 +179,9 @@ class _Pairs:
         for node in reversed(list(self.gm.graph.nodes)):
             if not self._has_edges(node) or not node.users:
                 continue
-            rest = [u for u in node.users if u not in self._difference(node)]
-            classes = {self._through(node, user, found) for user in rest}
-            if len(rest) < len(node.users):
+            opposite = self._difference(node)
+            classes = {self._through(node, user, found) for user in node.users if user not in opposite}
+            if opposite:
                 classes.add(ODD)
             if len(classes) == 1 and None not in classes:
                 found[node] = classes.pop()  # type: ignore[assignment]

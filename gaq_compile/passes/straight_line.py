@@ -264,13 +264,17 @@ class _Writer:
 
 def _step(gm: GraphModule, node: Node) -> Step:
     run = gm.get_submodule(str(node.target)).run
-    arguments = [a.name if isinstance(a, Node) else a for a in _flat(node.args)]
+    arguments = [a.name if isinstance(a, Node) else a for a in flat(node.args)]
     parts = {int(user.args[1]): user.name for user in node.users if user.target is operator.getitem}  # type: ignore[call-overload]
     return Step(run, node.name, tuple(arguments), parts or {0: node.name})
 
 
-def _flat(arguments: Sequence[Any]) -> list[Any]:
-    return [a for argument in arguments for a in (argument if isinstance(argument, list) else [argument])]
+def flat(arguments: Sequence[Any]) -> list[Any]:
+    """A call's arguments, those of lists one by one."""
+    found: list[Any] = []
+    for argument in arguments:
+        found += argument if isinstance(argument, list | tuple) else (argument,)
+    return found
 
 
 def _levels(nodes: Sequence[Node], lasting: Sequence[Sequence[str]]) -> dict[Node, int]:

@@ -27,8 +27,8 @@ from ..backends.tvm.dense_plan import DensePlan, make_plan
 from ..backends.tvm.linear import LinearKernel
 from ..backends.tvm.linear_nodes import linear_problem
 from ..errors import VerificationError
-from ..passes.fuse_rows import LINEARS, VIEWS, FusedRows, fused_rows
-from ..passes.graph_tools import aten, attribute, copied
+from ..passes.fuse_rows import FusedRows, fused_rows
+from ..passes.graph_tools import LINEARS, VIEWS, aten, attribute, copied
 from ..passes.indices import GATHERS
 from ..passes.lower import HOST_OPERATORS, KernelCall
 from ..potential import Potential

@@ -38,8 +38,7 @@ def check_fp32(sides: Sides, structures: Sequence[Atoms], where: str) -> Parity:
         VerificationError: naming the quantity, its error, the tolerance and likely causes.
     """
     found = parity(sides.original, sides.compiled, list(structures))
-    scale = found.force_mae_mev_per_a / found.force_rel if found.force_rel > 0 else 0.0
-    force_tolerance = max(FP32_FORCE, FP32_RELATIVE * scale if np.isfinite(scale) else 0.0)
+    force_tolerance = _force_rounding(found)
     limits = (
         ("energy (meV/atom)", found.energy_max_mev_per_atom, FP32_ENERGY),
         ("mean force (meV/Å)", found.force_mae_mev_per_a, force_tolerance),
@@ -78,8 +77,7 @@ def check_kernels(
         VerificationError: naming the difference and what is allowed.
     """
     found = parity(in_torch.compiled, kernels, list(structures))
-    scale = found.force_mae_mev_per_a / found.force_rel if found.force_rel > 0 else 0.0
-    allowed = max(FP32_FORCE, FP32_RELATIVE * scale if np.isfinite(scale) else 0.0)
+    allowed = _force_rounding(found)
     if not smooth:
         rounding = parity(in_torch.original, in_torch.compiled, list(structures))
         allowed += 2 * rounding.force_mae_mev_per_a
@@ -91,6 +89,12 @@ def check_kernels(
             fix="a kernel is wrong on this machine: report it; backend='reference' runs without kernels",
         )
     return found
+
+
+def _force_rounding(found: Parity) -> float:
+    """The mean force error (meV/Å) that float32 may make, of forces as large as these."""
+    scale = found.force_mae_mev_per_a / found.force_rel if found.force_rel > 0 else 0.0
+    return max(FP32_FORCE, FP32_RELATIVE * scale if np.isfinite(scale) else 0.0)
 
 
 def accuracy_figures(sides: Sides, structures: Sequence[Atoms], fp32: Parity) -> dict[str, float]:

@@ -7,12 +7,13 @@ import test_tvm_pointwise as checks
 import torch
 from cuda_emulator import EmulatedGpu
 
-from gaq_compile.backends.tvm.cuda.device import MAX_ELEMENTS, checked
+from gaq_compile.backends.tvm.cuda.device import checked
 from gaq_compile.backends.tvm.cuda.gate import lower_gate, lower_gate_backward
 from gaq_compile.backends.tvm.cuda.harmonics import lower_harmonics, lower_harmonics_backward
 from gaq_compile.backends.tvm.cuda.mddq import lower_mddq, lower_mddq_backward
 from gaq_compile.backends.tvm.cuda.product import lower_product, lower_product_backward
 from gaq_compile.backends.tvm.cuda.sum_rows import lower_sum_rows, sorted_rows
+from gaq_compile.backends.tvm.launch import MAX_ELEMENTS
 from gaq_compile.errors import LoweringError
 from gaq_compile.ir.specs import gate_spec
 

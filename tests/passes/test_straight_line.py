@@ -254,21 +254,25 @@ KINDS = st.lists(
 )
 
 
+def _added(g, kinds, values, otherwise=None):
+    """Values, and those of a node of each kind, of some of the values before it."""
+    for kind, places in kinds:
+        read = tuple(values[k % len(values)] for k in places) or (otherwise or values[-1],)
+        if kind == "torch":
+            values.append(g.call_function(aten.mul.Tensor, (read[0], read[-1])))
+        elif kind == "one":
+            values.append(g.call_module("one", read))
+        else:
+            pair = g.call_module("two", read)
+            values += [g.call_function(operator.getitem, (pair, k)) for k in (0, 1)]
+    return values
+
+
 def _random_graph(kinds: Sequence[tuple[str, Sequence[int]]]) -> GraphModule:
     """A node of each kind, of some of the values before it."""
 
     def build(g, x):
-        values = [x]
-        for kind, places in kinds:
-            read = tuple(values[k % len(values)] for k in places) or (x,)
-            if kind == "torch":
-                values.append(g.call_function(aten.mul.Tensor, (read[0], read[-1])))
-            elif kind == "one":
-                values.append(g.call_module("one", read))
-            else:
-                pair = g.call_module("two", read)
-                values += [g.call_function(operator.getitem, (pair, k)) for k in (0, 1)]
-        return tuple(values[-3:])
+        return tuple(_added(g, kinds, [x], otherwise=x)[-3:])
 
     return _graph(build, one=_one(), two=_one(2))
 
@@ -497,17 +501,7 @@ def test_any_graph_is_remembered_right(kinds: list[tuple[str, list[int]]], chang
     """Whatever the inputs that change from call to call."""
 
     def build(g, *inputs):
-        values = list(inputs)
-        for kind, places in kinds:
-            read = tuple(values[k % len(values)] for k in places) or (values[-1],)
-            if kind == "torch":
-                values.append(g.call_function(aten.mul.Tensor, (read[0], read[-1])))
-            elif kind == "one":
-                values.append(g.call_module("one", read))
-            else:
-                pair = g.call_module("two", read)
-                values += [g.call_function(operator.getitem, (pair, k)) for k in (0, 1)]
-        return tuple(values[-4:])
+        return tuple(_added(g, kinds, list(inputs))[-4:])
 
     gm = _graph(build, inputs=("x", "b", "a"), one=_one(), two=_one(2))
     together, inputs = _Together(), list(torch.rand(3, 4, dtype=torch.float64) / 8)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LoweringError
+from ...passes.straight_line import flat
 from .build import kernel_argument
 
 MAX_ELEMENTS = 2**31 - 2**16  # of a tensor: a kernel's indices are 32-bit
@@ -172,14 +173,6 @@ def always(function: Callable[..., Any]) -> Callable[[int], Choice]:
     """The choice of what has one function only."""
     choice = Choice(function)
     return lambda rows: choice
-
-
-def flat(arguments: Sequence[Any]) -> list[Any]:
-    """A call's arguments, those of lists one by one."""
-    found: list[Any] = []
-    for argument in arguments:
-        found += argument if isinstance(argument, list | tuple) else (argument,)
-    return found
 
 
 def fresh(part: Output, given: Sequence[Any]) -> Tensor:

@@ -10,8 +10,8 @@ from torch.fx import Node
 
 from ...ir.specs import learned_directions
 from ...numerics.packing import unpack_int4
-from ...passes.fuse_rows import LINEARS, has_fixed_weights
-from ...passes.graph_tools import gaq
+from ...passes.fuse_rows import has_fixed_weights
+from ...passes.graph_tools import LINEARS, gaq
 from ..base import Attribute, Refused
 from .dense_plan import LinearProblem
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ...passes.fuse_rows import VIEWS, FusedRows, reduced_axes
-from ...passes.graph_tools import aten, attribute
+from ...passes.fuse_rows import FusedRows, reduced_axes
+from ...passes.graph_tools import VIEWS, aten, attribute
 from ...passes.indices import GATHERS, gather_index
 from ...passes.row_shapes import NARROW
 from ..base import Refused

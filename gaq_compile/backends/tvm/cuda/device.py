@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ....errors import ConfigError, LoweringError
+from ..launch import MAX_ELEMENTS
 from .driver import gpu_architecture, launcher
 from .source import cuda_target, device_function, machine_code
 
@@ -19,7 +20,6 @@ Kernel = Callable[[Grid, Mapping[str, Any]], None]
 """Runs blocks (along x, along y) on arguments by name; a grid without blocks does nothing."""
 
 DEFAULT_ARCH = "sm_80"  # what is compiled for where there is no GPU to ask
-MAX_ELEMENTS = 2**31 - 2**16  # of a tensor: kernels count in 32 bits
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....passes.fuse_rows import LINEARS, FusedRows
+from ....passes.fuse_rows import FusedRows
+from ....passes.graph_tools import LINEARS
 from ..emit import kernel_text, literal, loop
+from ..launch import most_rows
 from ..rows_kernel import DTYPES, in_stretches
 from ..rows_operators import components, emit_operator
 from ..rows_plan import Argument, Plan, Stage, Step, UnsupportedRowsError, cat_axis, kept_values, make_plan
 from ..rows_values import Base, View, contiguous_strides
-from .device import MAX_ELEMENTS, Gpu, blocks, empty, on_device
+from .device import Gpu, blocks, empty, on_device
 from .emit import SYNC, THREADS, WARP, ThreadEmitter, across_warp, branch, shared
 
 _WARP_ROWS = 4  # rows of a block whose rows are shared by warps
@@ -53,7 +55,7 @@ def lower_rows(fused: FusedRows, gpu: Gpu) -> tuple[Callable[..., tuple[Tensor, 
     constants = {name: value.contiguous() for name, value in plan.constants.items()}
     results = [(row, dtype) for _, row, dtype in plan.outputs]
     widest = max(math.prod(row) for row in (*(a.row for a in arguments), *(r for r, _ in results)))
-    limit = MAX_ELEMENTS // max(1, widest)
+    limit = most_rows(widest)
 
     def run(*values: Any) -> tuple[Tensor, ...]:
         tensors = [values[k] for k in used]

@@ -41,9 +41,9 @@ from gaq_compile.backends.tvm.cuda.driver import require_gpu
 from gaq_compile.capture.graphs import collate
 from gaq_compile.datasets import example_structures
 from gaq_compile.ir.specs import tensor_product_spec
-from gaq_compile.passes.fuse_rows import FusedRows
 from gaq_compile.passes.graph_tools import attribute, gaq
 from gaq_compile.passes.lower import compact
+from gaq_compile.passes.row_groups import FusedRows
 from gaq_compile.verify.measure import alternate
 from gaq_compile.verify.structures import rattled
 

@@ -172,7 +172,7 @@ def load(
 
     content = read(Path(path))
     backends = _backends(backend, target)
-    grouped = group_rows(content.graph, content.form, backends[0].groups_linears)
+    grouped = group_rows(content.graph, content.form, backends[0].groups_linears, backends[0].groups_sums)
     lowered, placements = lower(grouped, backends, strict)
     on_gpu = is_cuda(backends[0].target)
     report = replace(content.report, placements=placements)
@@ -213,7 +213,8 @@ def _build(trace: _Trace, config: QuantConfig) -> _Built:
     stages = quantize_graph(
         trace.prepared, config, observed, subject.form, subject.example, subject.calibration_batches
     )
-    grouped = group_rows(stages["fold_integers"], subject.form, trace.backends[0].groups_linears)
+    takes = trace.backends[0]
+    grouped = group_rows(stages["fold_integers"], subject.form, takes.groups_linears, takes.groups_sums)
     lowered, placements = lower(grouped, trace.backends, trace.strict, trace.progress)
     graphs = {**stages, "group_rows": grouped, "lower": lowered}
     blank = _blank_report(subject, config, trace.backends[0])

@@ -343,6 +343,17 @@ def _(values, index, rows, width, label):  # type: ignore[no-untyped-def]
     return values.new_empty(rows, *values.shape[1:])
 
 
+@_custom("sum_sorted")
+def sum_sorted(values: Tensor, index: Tensor, order: Tensor, ptr: Tensor, rows: int, label: str) -> Tensor:
+    """``sum_rows`` where it is known which edges each row has: ``order[ptr[n] : ptr[n + 1]]``, ascending."""
+    return ref.sum_rows(values, index, rows)
+
+
+@sum_sorted.register_fake
+def _(values, index, order, ptr, rows, label):  # type: ignore[no-untyped-def]
+    return values.new_empty(rows, *values.shape[1:])
+
+
 @_custom("conv")
 def conv(x: Tensor, sh: Tensor, weight: Tensor, edges: Sequence[Tensor], spec: str, label: str) -> Tensor:
     """Gather, tensor product and scatter as one: (N, dim_x) -> (N, dim_out)."""

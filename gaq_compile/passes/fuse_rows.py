@@ -13,24 +13,24 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
 
-import networkx
 import torch
-from torch import nn
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from ..capture.graphs import GraphFormat
 from ..ir.specs import learned_directions, linear_spec
 from .decompose import decompose
 from .fold_constants import fold_constants
-from .graph_tools import LINEARS, VIEWS, add_buffer, aten, attribute, copied, finished, gaq, is_call
+from .graph_tools import LINEARS, VIEWS, add_buffer, aten, attribute, gaq, is_call
 from .indices import GATHERS, gather_index, is_sound
 from .pair_edges import pair_edges
 from .plain_sizes import plain_sizes
+from .row_groups import RowGroup, call_groups
 from .row_shapes import NARROW, RowShape, row_shapes
+from .sort_sums import sort_sums
+from .straight_through import straight_through
 from .sum_rows import sum_rows
 
 # fmt: off
@@ -55,73 +55,16 @@ _WIDEST = 512  # of a linear's row: tiles of wider ones leave the nearest cache 
 _FLOATS = (torch.float32, torch.bool)
 
 
-@dataclass(eq=False)
-class RowGroup:
-    """Operators that one kernel runs.
-
-    Attributes:
-        rows: what there is a row of: "atom", "edge", "pair" or "graph".
-        level: its place in the order.
-        nodes: in the graph's order.
-    """
-
-    rows: str
-    level: int
-    nodes: list[Node] = field(default_factory=list)
-
-
-class FusedRows(nn.Module):
-    """A group's operators as a graph of their own, which torch can run and a backend can compile.
-
-    No ``GraphModule``: that writes and compiles its Python whenever it, or a graph around it, changes, which
-    was half of loading a file, for code that nobody runs where there are kernels.
-
-    Args:
-        root: holds the graph's constants as buffers.
-        graph: the operators.
-        rows: what there is a row of.
-        shapes: of every node.
-    """
-
-    def __init__(self, root: nn.Module, graph: Graph, rows: str, shapes: dict[Node, RowShape]) -> None:
-        super().__init__()
-        for name, value in root.named_buffers():
-            self.register_buffer(name, value)
-        self.graph, self.rows, self.shapes = graph, rows, shapes
-        self._interpreter: Interpreter | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedRows:
-        """Constants of its own; nobody changes the graph."""
-        root = nn.Module()
-        for name, value in self.named_buffers():
-            root.register_buffer(name, value.clone())
-        return FusedRows(root, self.graph, self.rows, self.shapes)
-
-    def forward(self, *arguments: Any) -> Any:
-        """The results, in torch."""
-        if self._interpreter is None:  # it reads through the whole graph to begin with
-            self._interpreter = Interpreter(self, graph=self.graph)
-        return self._interpreter.run(*arguments)
-
-    @property
-    def operators(self) -> int:
-        """How many of torch's operators it stands for."""
-        return sum(node.op == "call_function" for node in self.graph.nodes)
-
-
-def fused_rows(graph_module: GraphModule, node: Node) -> FusedRows | None:
-    """The group that a node calls, if it calls one."""
-    module = getattr(graph_module, str(node.target), None) if node.op == "call_module" else None
-    return module if isinstance(module, FusedRows) else None
-
-
-def fuse_rows(graph_module: GraphModule, form: GraphFormat, linears: bool = True) -> GraphModule:
+def fuse_rows(
+    graph_module: GraphModule, form: GraphFormat, linears: bool = True, sums: bool = True
+) -> GraphModule:
     """Group what torch would run operator by operator.
 
     Args:
         graph_module: the integer graph of energy and forces.
         form: its inputs; a graph of a model's own tensors is returned as it is.
         linears: whether linears join groups: their kernels then begin and end in the group's tile.
+        sums: whether sums over the ends of edges do (:mod:`.sort_sums`).
     """
     if form.positions is not None:
         return graph_module
@@ -131,10 +74,12 @@ def fuse_rows(graph_module: GraphModule, form: GraphFormat, linears: bool = True
     sum_rows(gm, form, shapes)
     plain_sizes(gm, form, shapes)
     pair_edges(gm, shapes)
+    straight_through(gm, shapes)
+    if sums:
+        sort_sums(gm, shapes)
     _inline_creations(gm, shapes)
     _float_integers(gm, shapes)
-    groups = [g for g in _groups(gm, shapes, form, linears) if _worth_it(g)]
-    return _rebuilt(gm, groups, shapes)
+    return call_groups(gm, _groups(gm, shapes, form, linears), shapes)
 
 
 def _drop_idle_views(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
@@ -151,7 +96,7 @@ def _drop_idle_views(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
 def _groups(
     gm: GraphModule, shapes: dict[Node, RowShape], form: GraphFormat, linears: bool
 ) -> list[RowGroup]:
-    found: dict[tuple[str, int], RowGroup] = {}
+    found: dict[tuple[str, int, Node | None], RowGroup] = {}
     levels: dict[Node, int] = {}
     inside: dict[Node, str] = {}  # operators of groups -> what they have rows of
     for node in gm.graph.nodes:
@@ -161,10 +106,17 @@ def _groups(
             near = rows is not None and inside.get(argument) == rows and argument is not _gathered(node)
             level = max(level, levels[argument] + (0 if near else 1))
         levels[node] = level
+        owner = _order_of_sum(node)
         if rows is not None:
-            inside[node] = rows
-            found.setdefault((rows, level), RowGroup(rows, level)).nodes.append(node)
+            if owner is None:  # what is added up is known when all edges have been seen
+                inside[node] = rows
+            found.setdefault((rows, level, owner), RowGroup(rows, level, owner)).nodes.append(node)
     return list(found.values())
+
+
+def _order_of_sum(node: Node) -> Node | None:
+    """The order in which a sum's group goes through the edges."""
+    return node.args[2] if is_call(node, gaq.sum_sorted.default) else None  # type: ignore[return-value]
 
 
 def _row_operator(node: Node, shapes: dict[Node, RowShape], form: GraphFormat) -> str | None:
@@ -172,6 +124,8 @@ def _row_operator(node: Node, shapes: dict[Node, RowShape], form: GraphFormat) -
     shape = shapes.get(node)
     if node.op != "call_function" or shape is None or shape.rows is None or not shape.static:
         return None
+    if is_call(node, gaq.sum_sorted.default):
+        return shapes[node.args[0]].rows  # type: ignore[index]
     if shape.dtype not in _FLOATS or math.prod(shape.row) > _MOST:
         return None
     if node.target in GATHERS:
@@ -303,12 +257,6 @@ def _gathers_rows(node: Node, shape: RowShape, shapes: dict[Node, RowShape], for
     return is_sound(index, None if table.rows else table.row[0], form)
 
 
-def _worth_it(group: RowGroup) -> bool:
-    """Whether anything is computed; one linear by itself has a kernel of its own."""
-    work = [n for n in group.nodes if n.target not in VIEWS and n.target is not operator.getitem]
-    return len(work) > 1 or (bool(work) and work[0].target not in LINEARS)
-
-
 def _inline_creations(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
     """Tensors of ones and zeros that meet others of the same shape become numbers."""
     for node in list(gm.graph.nodes):
@@ -354,53 +302,3 @@ def _other_has_shape(user: Node, creation: Node, shapes: dict[Node, RowShape]) -
         a in shapes and (shapes[a].rows, shapes[a].row) == (shapes[user].rows, shapes[user].row)
         for a in others
     )
-
-
-def _rebuilt(gm: GraphModule, groups: Sequence[RowGroup], shapes: dict[Node, RowShape]) -> GraphModule:
-    """The graph with a call for each group, in an order that suits all."""
-    unit_of: dict[Node, Node | RowGroup] = {node: node for node in gm.graph.nodes}
-    for group in groups:
-        unit_of.update(dict.fromkeys(group.nodes, group))
-    place = {node: k for k, node in enumerate(gm.graph.nodes)}
-    order, first = networkx.DiGraph(), dict[Node | RowGroup, int]()
-    for node in gm.graph.nodes:
-        unit = unit_of[node]
-        order.add_node(unit)
-        first.setdefault(unit, place[node])
-        order.add_edges_from((unit_of[a], unit) for a in node.all_input_nodes if unit_of[a] is not unit)
-    graph, values = Graph(), dict[Node, Node]()
-    root = copied(gm)
-    for unit in networkx.lexicographical_topological_sort(order, key=lambda u: first[u]):
-        if isinstance(unit, Node):
-            values[unit] = graph.node_copy(unit, lambda n: values[n])
-            values[unit].meta = dict(unit.meta)
-        else:
-            _call_group(root, graph, unit, values, shapes)
-    return finished(GraphModule(root, graph))
-
-
-def _call_group(
-    root: nn.Module, graph: Graph, group: RowGroup, values: dict[Node, Node], shapes: dict[Node, RowShape]
-) -> None:
-    inner, names, members = Graph(), dict[Node, Node](), set(group.nodes)
-    buffers, inputs = nn.Module(), list[Node]()
-    outside = dict.fromkeys(a for node in group.nodes for a in node.all_input_nodes if a not in members)
-    for argument in outside:
-        if argument.op == "get_attr":
-            names[argument] = inner.get_attr(add_buffer(buffers, argument.name, attribute(root, argument)))
-        else:
-            names[argument] = inner.placeholder(argument.name)
-            inputs.append(argument)
-    outputs = [n for n in group.nodes if any(user not in members for user in n.users)]
-    outputs = [n for n in outputs if n.target is not aten.split_with_sizes.default]
-    for node in group.nodes:
-        names[node] = inner.node_copy(node, lambda n: names[n])
-    inner.output(tuple(names[n] for n in outputs))
-    inner_shapes = {names[n]: shapes[n] for n in (*outside, *group.nodes) if n in shapes}
-    fused = FusedRows(buffers, inner, group.rows, inner_shapes)
-    name = f"{group.rows}_rows_{group.level}"
-    root.add_module(name, fused)
-    call = graph.call_module(name, tuple(values[a] for a in inputs))
-    for k, node in enumerate(outputs):
-        values[node] = graph.call_function(operator.getitem, (call, k))
-        values[node].meta = dict(node.meta)

@@ -55,6 +55,11 @@ def is_call(node: object, *targets: object) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
+def is_gaq(node: Node) -> bool:
+    """Whether ``node`` calls an operator of this package."""
+    return node.op == "call_function" and getattr(node.target, "namespace", "") == "gaq"
+
+
 def rows_index(scatter: Node) -> Node | None:
     """The one-dimensional index by which a scatter adds whole rows, or None if it does not.
 

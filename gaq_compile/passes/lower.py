@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ..errors import LoweringError
-from .fuse_rows import FusedRows, fused_rows
-from .graph_tools import attribute, copied, finished, gaq
+from .graph_tools import attribute, copied, finished, gaq, is_gaq
+from .row_groups import FusedRows, fused_rows
 
 # Ordering edges is index work, not arithmetic: it stays with torch by design, not by fallback.
 HOST_OPERATORS = (gaq.bonds.default, gaq.sort_edges.default)
@@ -56,11 +56,13 @@ class Backend(Protocol):
         name: as it was registered.
         target: what it generates code for.
         groups_linears: whether its kernels for groups of rows take linears in.
+        groups_sums: whether they take sums over the ends of edges in.
     """
 
     name: str
     target: str
     groups_linears: bool
+    groups_sums: bool
 
     def lower(self, node: Node, attribute: Attribute) -> Lowered | Refused:
         """A kernel for ``node``, or the reason there is none.
@@ -136,7 +138,7 @@ def lower(
         LoweringError: with ``strict``, naming every node that would fall back and why.
     """
     gm = copied(graph_module)
-    nodes = [n for n in gm.graph.nodes if _is_gaq(n) and n.target not in HOST_OPERATORS]
+    nodes = [n for n in gm.graph.nodes if is_gaq(n) and n.target not in HOST_OPERATORS]
     groups = [(n, fused) for n in gm.graph.nodes if (fused := fused_rows(gm, n)) is not None]
     placements: list[Placement] = []
     with Progress(disable=not progress, transient=True) as bar:
@@ -152,10 +154,6 @@ def lower(
         lines = "\n".join(f"    {p.label} ({p.op}): {p.reason}" for p in refused)
         raise LoweringError(f"{len(refused)} nodes have no kernel:\n{lines}", fix="use strict=False")
     return finished(gm), tuple(placements)
-
-
-def _is_gaq(node: Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "namespace", "") == "gaq"
 
 
 def _place(gm: GraphModule, node: Node, backends: Sequence[Backend]) -> Placement:
@@ -205,7 +203,7 @@ def _place_rows(
             reason="; ".join(reasons) or None,
             integer_weights=False,
         )
-        inner = [n for n in fused.graph.nodes if _is_gaq(n)]
+        inner = [n for n in fused.graph.nodes if is_gaq(n)]
         node.meta["modules"] = tuple(_label(part) for part in inner)
         parts = [
             replace(

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from .fuse_rows import FusedRows, fused_rows
 from .graph_tools import aten, copied, finished
 from .indices import GATHERS
+from .row_groups import FusedRows, fused_rows
 from .row_shapes import NARROW, RowShape
 
 

@@ -68,12 +68,15 @@ def quantize_graph(
     return {"insert_mddq": quantized, "derive_forces": forces, "fold_integers": folded}
 
 
-def group_rows(integer: GraphModule, form: GraphFormat, linears: bool = True) -> GraphModule:
+def group_rows(
+    integer: GraphModule, form: GraphFormat, linears: bool = True, sums: bool = True
+) -> GraphModule:
     """What torch would run operator by operator, in groups that one kernel each can run.
 
     Args:
         integer: the last stage of :func:`quantize_graph`, which is also what files hold.
         form: the graph's inputs.
         linears: whether linears join groups (:attr:`.lower.Backend.groups_linears`).
+        sums: whether sums over the ends of edges do (:attr:`.lower.Backend.groups_sums`).
     """
-    return pack_rows(fuse_rows(integer, form, linears))
+    return pack_rows(fuse_rows(integer, form, linears, sums))

@@ -27,10 +27,10 @@ from ..backends.tvm.dense_plan import DensePlan, make_plan
 from ..backends.tvm.linear import LinearKernel
 from ..backends.tvm.linear_nodes import linear_problem
 from ..errors import VerificationError
-from ..passes.fuse_rows import FusedRows, fused_rows
 from ..passes.graph_tools import LINEARS, VIEWS, aten, attribute, copied
 from ..passes.indices import GATHERS
 from ..passes.lower import HOST_OPERATORS, KernelCall
+from ..passes.row_groups import FusedRows, fused_rows
 from ..potential import Potential
 from .machine import Machine
 
@@ -356,8 +356,8 @@ def _rows_counter(fused: FusedRows) -> Count:
     buffers = {n: attribute(fused, n) for n in fused.graph.nodes if n.op == "get_attr"}
 
     def count(arguments: Sequence[Any], results: Sequence[Tensor]) -> Work:
-        rows = results[0].shape[0]
         given = {n: a for n, a in zip(inputs, arguments, strict=True) if isinstance(a, Tensor)}
+        rows = next(len(t) for n, t in given.items() if fused.shapes[n].rows == fused.rows)
         read = sum(_read(n, t, rows) for n, t in {**given, **buffers}.items())
         operations = {kind: float(rows * one) for kind, one in each.items()}
         return Work(operations, read, _bytes(results))
@@ -387,7 +387,7 @@ def rows_operations(fused: FusedRows) -> dict[str, int]:
         if node.target in LINEARS:
             linears.update(linear_operations(make_plan(linear_problem(node), host_target())))
             continue
-        size = math.prod(shape.row)
+        size = math.prod(shape.row)  # a sum over edges, too, adds so many for each of them
         if node.target is aten.mm.default:
             size *= 2 * math.prod(fused.shapes[node.args[0]].row)  # type: ignore[index]
         elif node.target is aten.sum.dim_IntList:

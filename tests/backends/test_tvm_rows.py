@@ -29,8 +29,9 @@ from gaq_compile.backends.tvm.rows_kernel import lower_rows
 from gaq_compile.backends.tvm.rows_operators import OPERATORS
 from gaq_compile.backends.tvm.rows_plan import UnsupportedRowsError
 from gaq_compile.capture.graphs import GraphFormat
-from gaq_compile.passes.fuse_rows import FusedRows, fuse_rows, fused_rows
+from gaq_compile.passes.fuse_rows import fuse_rows
 from gaq_compile.passes.pack_rows import pack_rows
+from gaq_compile.passes.row_groups import FusedRows, fused_rows
 from gaq_compile.passes.row_shapes import PRIMES, RowShape
 
 aten = torch.ops.aten

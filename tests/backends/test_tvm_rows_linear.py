@@ -17,8 +17,8 @@ from gaq_compile.backends.tvm.rows_kernel import lower_rows
 from gaq_compile.ir.layout import blocks, channels, dim
 from gaq_compile.numerics.packing import pack_int4
 from gaq_compile.operators.registration import ops
-from gaq_compile.passes.fuse_rows import FusedRows
 from gaq_compile.passes.graph_tools import aten
+from gaq_compile.passes.row_groups import FusedRows
 from gaq_compile.passes.row_shapes import RowShape
 
 ROWS = (0, 1, 15, 16, 17, 37)

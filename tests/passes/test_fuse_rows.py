@@ -14,9 +14,10 @@ from gaq_compile.backends.reference import ReferenceBackend
 from gaq_compile.capture.graphs import GraphFormat
 from gaq_compile.passes.decompose import decompose
 from gaq_compile.passes.fold_constants import fold_constants
-from gaq_compile.passes.fuse_rows import FusedRows, fuse_rows, fused_rows
+from gaq_compile.passes.fuse_rows import fuse_rows
 from gaq_compile.passes.lower import lower
 from gaq_compile.passes.pack_rows import pack_rows
+from gaq_compile.passes.row_groups import FusedRows, fused_rows
 from gaq_compile.passes.row_shapes import row_shapes
 from gaq_compile.passes.sum_rows import sum_rows
 

@@ -9,8 +9,9 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gaq_compile.capture.graphs import GraphFormat
-from gaq_compile.passes.fuse_rows import fuse_rows, fused_rows
+from gaq_compile.passes.fuse_rows import fuse_rows
 from gaq_compile.passes.graph_tools import LINEARS, calls
+from gaq_compile.passes.row_groups import fused_rows
 from gaq_compile.passes.simplify import simplify
 
 aten, gaq = torch.ops.aten, torch.ops.gaq

@@ -16,8 +16,8 @@ from gaq_compile.backends.tvm.build import host_target
 from gaq_compile.backends.tvm.linear import LinearProblem, lower_linear
 from gaq_compile.errors import VerificationError
 from gaq_compile.ir.specs import linear_spec, tensor_product_spec
-from gaq_compile.passes.fuse_rows import FusedRows
 from gaq_compile.passes.graph_tools import aten
+from gaq_compile.passes.row_groups import FusedRows
 from gaq_compile.passes.row_shapes import RowShape
 from gaq_compile.tools.machine import Machine
 from gaq_compile.tools.roofline import (

@@ -7,7 +7,8 @@ from typing import Any
 from torch.fx import Node
 
 from ...operators.registration import ops
-from ...passes.fuse_rows import FusedRows
+from ...passes.graph_tools import is_gaq
+from ...passes.row_groups import FusedRows
 from ..base import Attribute, Lowered, Refused, register_backend
 
 _INTEGER_WEIGHTS = ops.int_irreps_linear.default
@@ -19,6 +20,7 @@ class ReferenceBackend:
     name = "reference"
 
     groups_linears = True
+    groups_sums = True
 
     def __init__(self, target: str | None = None) -> None:
         self.target = target or "torch"
@@ -30,8 +32,7 @@ class ReferenceBackend:
 
     def lower_rows(self, fused: FusedRows) -> Lowered | Refused:
         """Always yes: torch's operators one by one."""
-        operators = (n for n in fused.graph.nodes if getattr(n.target, "namespace", "") == "gaq")
-        return Lowered(fused, "f32", (), tuple(_arithmetic(n) for n in operators))
+        return Lowered(fused, "f32", (), tuple(_arithmetic(n) for n in fused.graph.nodes if is_gaq(n)))
 
 
 def _arithmetic(node: Node) -> str:

@@ -11,7 +11,8 @@ from torch.fx import Node
 from ...config import activation_scheme
 from ...ir.specs import learned_directions
 from ...operators.registration import ops
-from ...passes.fuse_rows import FusedRows
+from ...passes.graph_tools import is_gaq
+from ...passes.row_groups import FusedRows
 from ..base import Attribute, Lowered, Refused, register_backend
 from .build import host_target, tvm_version
 from .conv import conv_backward, conv_forward
@@ -49,11 +50,13 @@ class Kernels:
         place: what every function takes last: a CPU's target in JSON, or a GPU.
         target: the TVM target in JSON.
         groups_linears: whether the kernels of groups take linears in.
+        groups_sums: whether they take sums over the ends of edges in.
     """
 
     place: Any
     target: str
     groups_linears: bool
+    groups_sums: bool
     linear: Callable[..., Callable[..., Any]]
     conv: Callable[..., Callable[..., Any]]
     conv_backward: Callable[..., Callable[..., Any]]
@@ -75,6 +78,7 @@ def cpu_kernels(target: str) -> Kernels:
         place=target,
         target=target,
         groups_linears=True,
+        groups_sums=True,
         linear=lower_linear,
         conv=conv_forward,
         conv_backward=conv_backward,
@@ -97,6 +101,7 @@ def gpu_kernels(device: Gpu) -> Kernels:
         place=device,
         target=device.target,
         groups_linears=False,
+        groups_sums=False,
         linear=cuda_linear.lower_linear,
         conv=cuda_conv.conv_forward,
         conv_backward=cuda_conv.conv_backward,
@@ -134,7 +139,8 @@ class TVMBackend:
         tvm_version()
         on_gpu = target is not None and is_cuda(target)
         self.kernels = gpu_kernels(gpu(str(target))) if on_gpu else cpu_kernels(target or host_target())
-        self.target, self.groups_linears = self.kernels.target, self.kernels.groups_linears
+        self.target = self.kernels.target
+        self.groups_linears, self.groups_sums = self.kernels.groups_linears, self.kernels.groups_sums
 
     def lower(self, node: Node, attribute: Attribute) -> Lowered | Refused:
         """The generated kernel for ``node``, or why there is none."""
@@ -149,7 +155,12 @@ class TVMBackend:
             run, linears = self.kernels.rows(fused, self.kernels.place)
         except UnsupportedRowsError as reason:
             return Refused(str(reason))
-        within = tuple(arithmetic(k.plan.problem, self.target) for k in linears)
+        kernels = iter(linears)
+        within = tuple(
+            arithmetic(next(kernels).plan.problem, self.target) if n.target in LINEARS else "f32"
+            for n in fused.graph.nodes
+            if is_gaq(n)
+        )
         return Lowered(run, "f32", (), within)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from .emit import literal, loop, splat
 
 LANES = 16  # channels handled at once; LLVM splits them on targets with narrower registers
-_SERIAL_WORK = 16384  # floats touched below which threads cost more than they bring
+SERIAL_WORK = 16384  # floats touched below which threads cost more than they bring
 _BLOCK_WORK = 4096  # floats touched per block of rows
 
 
@@ -33,7 +33,7 @@ def row_loop(
     Returns:
         Statements that use the number of rows, ``n``.
     """
-    serial = max(1, _SERIAL_WORK // max(1, work * step))
+    serial = max(1, SERIAL_WORK // max(1, work * step))
     block = max(1, _BLOCK_WORK // max(1, work * step))
     tiles = "n" if step == 1 else f"((n + {step - 1}) // {step})"
     place = f" * {step}" if step > 1 else ""

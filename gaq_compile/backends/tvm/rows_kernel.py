@@ -3,7 +3,9 @@
 Tiles of rows run in parallel. In a tile, stage after stage: values of few elements per row as vectors
 across its rows, in a straight line; others in loops along each row (:mod:`.rows_plan`). What later
 stages read stays in a scratch of the thread. Sums have a fixed order, so that every run gives the same
-bits. TVM simplifies as if numbers were finite: x - x and x * 0 are 0 for infinities and NaN, too.
+bits. A group that adds rows up by index (:class:`.rows_plan.Owner`) goes through its rows in the order
+of what they are added to: each thread owns some of the results, and begins them as zeros. TVM simplifies
+as if numbers were finite: x - x and x * 0 are 0 for infinities and NaN, too.
 """
 
 from __future__ import annotations
@@ -15,17 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...passes.fuse_rows import FusedRows
+from ...passes.row_groups import FusedRows
 from .build import compile_kernel
 from .dense_kernel import Frame, arguments, task_lines, tile_buffers
 from .emit import block_lanes, kernel_text, literal, loop, splat
 from .launch import Input, Launch, Output, always, most_rows, refuse
 from .linear import LinearKernel
-from .row_kernel import LANES, Emitter, row_loop
+from .row_kernel import LANES, SERIAL_WORK, Emitter, row_loop
 from .rows_operators import components, emit_operator
-from .rows_plan import Argument, Plan, Stage, Step, UnsupportedRowsError, cat_axis, kept_values, make_plan
+from .rows_plan import (
+    Argument,
+    Owner,
+    Plan,
+    Stage,
+    Step,
+    UnsupportedRowsError,
+    cat_axis,
+    kept_values,
+    make_plan,
+)
 from .rows_values import TILE, Base, View, contiguous_strides
 
+_OWNED = 4  # results that a thread adds up together
 _PRODUCTS_PER_FLOAT = 64  # multiplications of a linear that take as long as a float read and written
 DTYPES = {
     torch.int16: "int16",
@@ -62,11 +75,13 @@ def lower_rows(fused: FusedRows, target: str) -> tuple[Launch, tuple[LinearKerne
     constants = [value.contiguous() for value in plan.constants.values()]
     constants += [packed for linear in plan.linears.values() for packed in linear.constants]
     lead = used[by_row[0]]
-    made = [Output(lead, row, dtype) for _, row, dtype in plan.outputs]
+    made = [Output(plan.owner.rows if plan.owner else lead, row, dtype) for _, row, dtype in plan.outputs]
     widest = max(math.prod(row) for row in (*(i.row for i in tensors), *(o.row for o in made)))
 
     def longer(*arguments: Any) -> tuple[Tensor, ...]:
         rows, limit = arguments[lead].shape[0], most_rows(widest)
+        if plan.owner is not None:
+            return tuple(fused(*arguments))
         if rows <= limit:  # it is a table that is too long
             return refuse(*arguments)
         return in_stretches(run, arguments, [used[p] for p in by_row], rows, limit)
@@ -114,21 +129,53 @@ class _Writer:
         self.passing = 0  # places of values within one operator, used again by the next
 
     def source(self) -> str:
-        body: list[str] = ["first: T.let = i", f"rows: T.let = T.min({TILE}, n - first)"]
+        end = "n" if self.plan.owner is None else "end"
+        body: list[str] = ["first: T.let = i", f"rows: T.let = T.min({TILE}, {end} - first)"]
         for k, stage in enumerate(self.plan.stages):
             body += self._straight(stage, k) if stage.across else self._looped(stage, k)
             self._give_back(k)
         body += self._repeated()
         buffers, flat = self._buffers()
         scratch = f'scratch = T.alloc_buffer(({max(1, self.scratch)},), "float32", scope="global")'
-        work = max(1, self.work // TILE)
-        return kernel_text(
-            buffers,
-            [
-                *flat,
-                *row_loop(body, work, step=TILE, setup=[scratch, *self.setup], once=bool(self.plan.linears)),
-            ],
-        )
+        work, setup = max(1, self.work // TILE), [scratch, *self.setup]
+        if self.plan.owner is None:
+            rows = row_loop(body, work, step=TILE, setup=setup, once=bool(self.plan.linears))
+        else:
+            rows = self._owned(self.plan.owner, body, work, setup)
+        return kernel_text(buffers, [*flat, *rows])
+
+    def _owned(self, owner: Owner, body: list[str], work: int, setup: list[str]) -> list[str]:
+        """``body`` for the rows of a few results at a time, which begin as zeros."""
+        zeros: list[str] = []
+        for base, name in self.out.items():
+            lanes = block_lanes(base.size, LANES)
+            place = f"o * {base.size} + t * {lanes}"
+            place = place if lanes == 1 else f"T.ramp({place}, 1, {lanes})"
+            zero = f"{name}f[{place}] = {splat(literal(0.0), lanes)}"
+            zeros += loop(f"t in T.serial({base.size // lanes})", [zero])
+        tile = f"i: T.let = {owner.starts}[low] + k * {TILE}"
+        some = [
+            *loop("o in T.serial(low, high)", zeros),
+            f"end: T.let = {owner.starts}[high]",
+            *loop(f"k in T.serial((end - {owner.starts}[low] + {TILE - 1}) // {TILE})", [tile, *body]),
+        ]
+        results = "m_o0"
+        alone = ["low: T.let = 0", f"high: T.let = {results}", *some]
+        each = [
+            f"low: T.let = b * {_OWNED}",
+            f"high: T.let = T.min(low + {_OWNED}, {results})",
+            *setup,
+            *some,
+        ]
+        return [
+            f"if n * {work} <= {SERIAL_WORK}:",
+            *("    " + line for line in loop("b in T.serial(1)", [*setup, *alone])),
+            "else:",
+            *(
+                "    " + line
+                for line in loop(f"b in T.parallel(({results} + {_OWNED - 1}) // {_OWNED})", each)
+            ),
+        ]
 
     # --- buffers --------------------------------------------------------------------------------
 
@@ -138,9 +185,8 @@ class _Writer:
         flat: list[str] = []
         constants = {name: tuple(value.shape) for name, value in self.plan.constants.items()}
         arguments = [a for a in self.plan.arguments if a.name not in constants]
-        results = [
-            Argument(f"o{k}", "rows", row, dtype) for k, (_, row, dtype) in enumerate(self.plan.outputs)
-        ]
+        kind = "rows" if self.plan.owner is None else "owned"
+        results = [Argument(f"o{k}", kind, row, dtype) for k, (_, row, dtype) in enumerate(self.plan.outputs)]
         late = [a for a in self.plan.arguments if a.name in constants]
         given = (*arguments, *sorted(late, key=lambda a: list(constants).index(a.name)))
         for a in (*given, *self._linear_constants(), *results):
@@ -155,7 +201,7 @@ class _Writer:
             sizes = [*first, *(str(size) for size in row)]
             dtype = DTYPES[a.dtype]
             buffers.append((a.name, ", ".join(sizes), dtype))
-            if a.kind not in ("index", "packed"):
+            if a.kind not in ("index", "packed", "starts"):
                 total = " * ".join(sizes) or "1"
                 flat.append(f'{a.name}f = T.decl_buffer(({total},), "{dtype}", data={a.name}.data, align=4)')
         return buffers, flat
@@ -193,11 +239,23 @@ class _Writer:
             slot = self._slot(base, base.size)
             return "scratch", f"{slot} + {row} * {base.size} + {element}"
         if base.kind == "value":
-            return f"{self.out[base]}f", f"(first + {row}) * {base.size} + {element}"
+            return self._place_in_result(base, element, row)
         if base.kind == "fixed":
             return f"{base.name}f", element
-        start = f"(first + {row})" if base.kind == "rows" else f'T.Cast("int32", {base.index}[first + {row}])'
+        start = self._row(row) if base.kind == "rows" else self._picked(base.index, row)
         return f"{base.name}f", f"{start} * {base.size} + {element}"
+
+    def _place_in_result(self, base: Base, element: str, row: str = "r") -> tuple[str, str]:
+        owner = self.plan.owner
+        start = self._row(row) if owner is None else self._picked(owner.index, row)
+        return f"{self.out[base]}f", f"{start} * {base.size} + {element}"
+
+    def _row(self, row: str) -> str:
+        """Which of the group's rows is row ``row`` of the tile."""
+        return f"(first + {row})" if self.plan.owner is None else f"{self.plan.owner.order}[first + {row}]"
+
+    def _picked(self, index: str, row: str) -> str:
+        return f'T.Cast("int32", {index}[{self._row(row)}])'
 
     def _float(self, buffer: str, text: str, lanes: int) -> str:
         kind = "float32" if lanes == 1 else f"float32x{lanes}"
@@ -234,10 +292,16 @@ class _Writer:
             self.work += 2 * TILE * step.result.size
         copies = []
         for base in (base for base in values if base in self.out):
-            buffer, slot = f"{self.out[base]}f", self._slot(base, base.size)
+            slot = self._slot(base, base.size)
             for j in range(base.size):
-                value = self._stored(buffer, f"scratch[{slot + j * TILE} + r]", 1)
-                copies.append(f"{buffer}[(first + r) * {base.size} + {j}] = {value}")
+                buffer, index = self._place_in_result(base, str(j))
+                value, place = (
+                    self._stored(buffer, f"scratch[{slot + j * TILE} + r]", 1),
+                    f"{buffer}[{index}]",
+                )
+                copies.append(
+                    f"{place} = {value}" if self.plan.owner is None else f"{place} = {place} + {value}"
+                )
                 self.work += TILE
         loading = loop("r in T.serial(rows)", loads) if loads else []
         return [*loading, *e.lines, *(loop("r in T.serial(rows)", copies) if copies else [])]
@@ -303,10 +367,11 @@ class _Writer:
             else:
                 inputs = [operand(v, step.shape) for v in step.operands]
                 self.passing = 0
-                value = inputs[0] if step.op == "copy" else emit_operator(e, step.node, inputs)
-                place = _vector(self._slot((step, "held"), 1), lanes)
-                e.lines.append(f"{place} = {value}")
-                value = place
+                value = inputs[0] if step.op in ("copy", "add") else emit_operator(e, step.node, inputs)
+                if step.op != "add":
+                    place = _vector(self._slot((step, "held"), 1), lanes)
+                    e.lines.append(f"{place} = {value}")
+                    value = place
             values[step.result] = value
             self.work += 2 * TILE * math.prod(shape)
             if step.result in self.kept or step.result in self.out:
@@ -321,8 +386,9 @@ class _Writer:
         if step.result.across:  # a narrow value can be copied from here; it stays across
             raise UnsupportedRowsError(f"{step.node}: a narrow value in a loop along rows")
         buffer, index = self._place(step.result, _offset(0, strides, step.shape, lanes))
-        place = index if lanes == 1 else f"T.ramp({index}, 1, {lanes})"
-        e.lines.append(f"{buffer}[{place}] = {self._stored(buffer, value, lanes)}")
+        place = f"{buffer}[{index}]" if lanes == 1 else f"{buffer}[T.ramp({index}, 1, {lanes})]"
+        before = f"{place} + " if step.op == "add" else ""
+        e.lines.append(f"{place} = {before}{self._stored(buffer, value, lanes)}")
 
     def _along_load(self, view: View, step_shape: tuple[int, ...], lanes: int) -> str:
         base = view.base

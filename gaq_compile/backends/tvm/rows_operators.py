@@ -46,7 +46,7 @@ def components(step: Step, element: Callable[[View, Sequence[int]], str], e: Emi
     views = step.operands
     if step.op == "cat":
         return [element(view, place) for view in views for place in cat_places(step, view)]
-    if step.op == "copy":
+    if step.op in ("copy", "add"):
         return [element(views[0], place) for place in places(step.shape)]
     if step.op == "sum":
         return [

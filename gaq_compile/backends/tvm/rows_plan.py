@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ...passes.fuse_rows import FusedRows, reduced_axes
-from ...passes.graph_tools import VIEWS, aten, attribute
+from ...passes.fuse_rows import reduced_axes
+from ...passes.graph_tools import VIEWS, aten, attribute, gaq
 from ...passes.indices import GATHERS, gather_index
+from ...passes.row_groups import FusedRows
 from ...passes.row_shapes import NARROW
 from ..base import Refused
 from .dense_plan import DenseSchedule, default_schedule
@@ -29,6 +30,9 @@ from .rows_values import TILE, Base, View, places, whole
 from .vnni import vector_unit
 
 Shape = tuple[int, ...]
+
+
+SUM = gaq.sum_sorted.default
 
 
 class UnsupportedRowsError(Exception):
@@ -42,7 +46,8 @@ class Step:
     Attributes:
         node: what computes it; for a copy, the node whose view is copied.
         op: "each" (element by element), "sum" (over the last axis of its operand), "product" (with a
-            constant matrix), "linear" (an equivariant one, :mod:`.dense_kernel`), "cat" or "copy".
+            constant matrix), "linear" (an equivariant one, :mod:`.dense_kernel`), "cat", "copy" or
+            "add" (to the row that owns it).
         operands: views, broadcast to ``shape`` for "each".
         shape: of the loop: the result's, or for sums and narrow products the operand's.
         result: the value.
@@ -79,6 +84,7 @@ class Plan:
         constants: buffers that are the same at every call, by name.
         outputs: per result: its value's base, and its row shape and dtype.
         linears: their packed weights and the text's plan, by their results.
+        owner: of a group of sums, who adds up what.
     """
 
     stages: list[Stage]
@@ -86,6 +92,24 @@ class Plan:
     constants: dict[str, Tensor]
     outputs: list[tuple[Base, Shape, torch.dtype]]
     linears: dict[Base, LinearKernel] = field(default_factory=dict)
+    owner: Owner | None = None
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The order of a group that sums: row n of every result adds up ``order[starts[n] : starts[n + 1]]``.
+
+    Attributes:
+        index: the buffer that says to which row of the results a row of the group belongs.
+        order: the group's rows, those of one result after another.
+        starts: where each result's rows begin.
+        rows: place of the argument that says how many results there are.
+    """
+
+    index: str
+    order: str
+    starts: str
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +118,8 @@ class Argument:
 
     Attributes:
         name: of the buffer.
-        kind: "rows" (of the group), "table" (rows that are gathered), "index", or "fixed".
+        kind: "rows" (of the group), "table" (rows that are gathered), "index", "starts" (one number for
+            each result, and one more) or "fixed".
         row: the sizes of all axes but the first; of "fixed", all.
         dtype: as torch has it.
     """
@@ -140,7 +165,17 @@ class _Planner:
                 self._call(node)
         (results,) = next(n for n in nodes if n.op == "output").args
         outputs = [self._output(node) for node in results]  # type: ignore[union-attr]
-        return Plan(_stages(self.steps), list(self.arguments.values()), self.constants, outputs, self.linears)
+        given = list(self.arguments.values())
+        return Plan(_stages(self.steps), given, self.constants, outputs, self.linears, self._owner(nodes))
+
+    def _owner(self, nodes: list[Node]) -> Owner | None:
+        """Who adds up; a group with sums has nothing else."""
+        sums = [n for n in nodes if n.target is SUM]
+        if not sums:
+            return None
+        _, index, order, starts, rows, _ = sums[0].args
+        names = (self.arguments[a].name for a in (index, order, starts))  # type: ignore[index]
+        return Owner(*names, [n for n in nodes if n.op == "placeholder"].index(rows))
 
     def _arguments(self, placeholders: list[Node]) -> None:
         """What each argument is: rows, a table to gather from, an index, or fixed."""
@@ -150,8 +185,11 @@ class _Planner:
             if shape is None:  # a size, which only views by sizes take
                 continue
             tables = [u for u in users if u.args[0] is node and _gathers(u)]
-            indices = [u for u in users if _gathers(u) and gather_index(u) is node]
-            if indices:
+            indices = [u for u in users if _indexes(u, node)]
+            if any(u.target is SUM and u.args[3] is node for u in users):
+                self.arguments[node] = Argument(name, "starts", (), shape.dtype)
+                indices = users
+            elif indices:
                 self.arguments[node] = Argument(name, "index", (), shape.dtype)
             elif tables:
                 row = shape.row if shape.rows else shape.row[1:]
@@ -207,6 +245,9 @@ class _Planner:
             self._product(node)
         elif target in LINEARS:
             self._linear(node)
+        elif target is SUM:
+            view = self.views[node.args[0]]  # type: ignore[index]
+            self._add(node, "add", (view,), view.shape, row)
         else:
             operands = [a for a in node.args if isinstance(a, Node)]
             self._add(node, "each", tuple(self._row_view(a, row).broadcast(row) for a in operands), row, row)
@@ -316,6 +357,11 @@ class _Planner:
 
 def _gathers(node: Node) -> bool:
     return node.target in GATHERS
+
+
+def _indexes(user: Node, node: Node) -> bool:
+    """Whether a user reads whole numbers from a node: which rows to gather, or to add."""
+    return gather_index(user) is node if _gathers(user) else user.target is SUM and node in user.args[1:3]
 
 
 @lru_cache(maxsize=64)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....passes.fuse_rows import FusedRows
 from ....passes.graph_tools import LINEARS
+from ....passes.row_groups import FusedRows
 from ..emit import kernel_text, literal, loop
 from ..launch import most_rows
 from ..rows_kernel import DTYPES, in_stretches

@@ -34,7 +34,8 @@ def sort_sums(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
 
 
 def _sort_sums(gm: GraphModule, shapes: dict[Node, RowShape], receivers: Node, senders: Node) -> None:
-    sums = [n for n in calls(gm, gaq.sum_rows.default) if n.args[1] in (receivers, senders)]
+    ends = (receivers, senders)
+    sums = [n for n in calls(gm, gaq.sum_rows.default) if n.args[1] in ends and isinstance(n.args[2], Node)]
     if not sums:
         return
     known = [n for n in calls(gm, gaq.sort_edges.default) if n.args[:2] == (senders, receivers)]

@@ -129,8 +129,7 @@ class _Writer:
         self.passing = 0  # places of values within one operator, used again by the next
 
     def source(self) -> str:
-        end = "n" if self.plan.owner is None else "end"
-        body: list[str] = ["first: T.let = i", f"rows: T.let = T.min({TILE}, {end} - first)"]
+        body: list[str] = []
         for k, stage in enumerate(self.plan.stages):
             body += self._straight(stage, k) if stage.across else self._looped(stage, k)
             self._give_back(k)
@@ -138,10 +137,11 @@ class _Writer:
         buffers, flat = self._buffers()
         scratch = f'scratch = T.alloc_buffer(({max(1, self.scratch)},), "float32", scope="global")'
         work, setup = max(1, self.work // TILE), [scratch, *self.setup]
-        if self.plan.owner is None:
-            rows = row_loop(body, work, step=TILE, setup=setup, once=bool(self.plan.linears))
-        else:
+        if self.plan.owner is not None:
             rows = self._owned(self.plan.owner, body, work, setup)
+        else:
+            tile = ["first: T.let = i", f"rows: T.let = T.min({TILE}, n - first)", *body]
+            rows = row_loop(tile, work, step=TILE, setup=setup, once=bool(self.plan.linears))
         return kernel_text(buffers, [*flat, *rows])
 
     def _owned(self, owner: Owner, body: list[str], work: int, setup: list[str]) -> list[str]:
@@ -153,11 +153,12 @@ class _Writer:
             place = place if lanes == 1 else f"T.ramp({place}, 1, {lanes})"
             zero = f"{name}f[{place}] = {splat(literal(0.0), lanes)}"
             zeros += loop(f"t in T.serial({base.size // lanes})", [zero])
-        tile = f"i: T.let = {owner.starts}[low] + k * {TILE}"
+        first = f"first: T.let = {owner.starts}[low] + k * {TILE}"
+        tile = [first, f"rows: T.let = T.min({TILE}, end - first)"]
         some = [
             *loop("o in T.serial(low, high)", zeros),
             f"end: T.let = {owner.starts}[high]",
-            *loop(f"k in T.serial((end - {owner.starts}[low] + {TILE - 1}) // {TILE})", [tile, *body]),
+            *loop(f"k in T.serial((end - {owner.starts}[low] + {TILE - 1}) // {TILE})", [*tile, *body]),
         ]
         results = "m_o0"
         alone = ["low: T.let = 0", f"high: T.let = {results}", *some]

@@ -166,7 +166,14 @@ class _Planner:
         (results,) = next(n for n in nodes if n.op == "output").args
         outputs = [self._output(node) for node in results]  # type: ignore[union-attr]
         given = list(self.arguments.values())
-        return Plan(_stages(self.steps), given, self.constants, outputs, self.linears, self._owner(nodes))
+        return Plan(
+            _stages(self.steps),
+            given,
+            self.constants,
+            outputs,
+            self.linears,
+            self._owner(nodes),
+        )
 
     def _owner(self, nodes: list[Node]) -> Owner | None:
         """Who adds up; a group with sums has nothing else."""
@@ -174,8 +181,9 @@ class _Planner:
         if not sums:
             return None
         _, index, order, starts, rows, _ = sums[0].args
-        names = (self.arguments[a].name for a in (index, order, starts))  # type: ignore[index]
-        return Owner(*names, [n for n in nodes if n.op == "placeholder"].index(rows))
+        name = {a: self.arguments[a].name for a in (index, order, starts)}  # type: ignore[index]
+        places = [n.name for n in nodes if n.op == "placeholder"]
+        return Owner(name[index], name[order], name[starts], places.index(str(rows)))
 
     def _arguments(self, placeholders: list[Node]) -> None:
         """What each argument is: rows, a table to gather from, an index, or fixed."""

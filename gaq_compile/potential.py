@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
 from pathlib import Path
 
@@ -95,24 +95,25 @@ class Potential:
         Warns with a :class:`CalibrationWarning` for elements that calibration has not seen, and
         where rounded activations may have saturated.
         """
-        pairs = checked_pairs(structures, self.form)
-        frames = [own_frame(atoms) if self.framed else None for atoms in structures]
-        pairs = [p if frame is None else p.turned(frame) for p, frame in zip(pairs, frames, strict=True)]
-        tensors = batched(structures, pairs, self.form)
-        complaint = self.calibrated.complaint(tensors) if self.calibrated else None
-        if complaint:
-            warnings.warn(
-                f"outside the calibrated range: {complaint}; errors may be larger than reported, "
-                "so pass structures like these to quantize",
-                CalibrationWarning,
-                stacklevel=3,
-            )
-        out = {name: values.numpy() for name, values in self._evaluate(tensors).items()}
-        ends = list(accumulate(len(atoms) for atoms in structures))
-        return [
-            _prediction(out, i, slice(end - len(atoms), end), atoms, frame)
-            for i, (atoms, frame, end) in enumerate(zip(structures, frames, ends, strict=True))
-        ]
+        with self._alone():
+            pairs = checked_pairs(structures, self.form)
+            frames = [own_frame(atoms) if self.framed else None for atoms in structures]
+            pairs = [p if frame is None else p.turned(frame) for p, frame in zip(pairs, frames, strict=True)]
+            tensors = batched(structures, pairs, self.form)
+            complaint = self.calibrated.complaint(tensors) if self.calibrated else None
+            if complaint:
+                warnings.warn(
+                    f"outside the calibrated range: {complaint}; errors may be larger than reported, "
+                    "so pass structures like these to quantize",
+                    CalibrationWarning,
+                    stacklevel=3,
+                )
+            out = {name: values.numpy() for name, values in self._evaluate(tensors).items()}
+            ends = list(accumulate(len(atoms) for atoms in structures))
+            return [
+                _prediction(out, i, slice(end - len(atoms), end), atoms, frame)
+                for i, (atoms, frame, end) in enumerate(zip(structures, frames, ends, strict=True))
+            ]
 
     def evaluate(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Raw outputs for the graph's own tensors.
@@ -124,12 +125,17 @@ class Potential:
                 not finite, or points at atoms that are not there; or if an edge has no reverse.
             UnknownElementError: for an element that the potential was not trained on.
         """
-        check_tensors(tensors, self.form)
-        return self._evaluate(in_pairs(tensors, self.form))
+        with self._alone():
+            check_tensors(tensors, self.form)
+            return self._evaluate(in_pairs(tensors, self.form))
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Torch on one thread, where kernels have threads of their own: what prepares a call, too."""
+        return _one_torch_thread(self.report.backend != "reference")
 
     def _evaluate(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """The graph's answer for tensors that are known to be sound."""
-        with torch.no_grad(), _one_torch_thread(self.report.backend != "reference"):
+        with torch.no_grad():
             values = self._run(*(tensors[name] for name in self.form.inputs))
         return dict(zip(outputs(self.form), values, strict=True))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from e3nn import nn as enn
@@ -448,3 +450,35 @@ def test_activation_is_known_by_what_it_does_not_by_its_name():
         return x * torch.sigmoid(1.702 * x)
 
     assert activations.name_of(silu) is None
+
+
+# --- sums by index ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", [(), (3,), (2, 4)])
+@pytest.mark.parametrize(("edges", "atoms"), [(0, 0), (0, 3), (7, 4), (50, 1), (200, 90)])
+def test_sorted_sums_are_sums_of_rows(row, edges, atoms):
+    """Atoms without edges get zeros; so does the operator of gaq that says which edges each atom has."""
+    generator = torch.Generator().manual_seed(edges)
+    senders, receivers = torch.randint(0, max(atoms, 1), (2, edges), generator=generator)
+    values = torch.randn(edges, *row, dtype=torch.float64, generator=generator)
+    _, _, *orders = ops.sort_edges(senders, receivers, atoms)
+    for index, starts, order in ((receivers, *orders[:2]), (senders, *orders[2:])):
+        expected = torch.zeros(atoms, *row, dtype=torch.float64)
+        for n in range(atoms):
+            expected[n] = values[order[starts[n] : starts[n + 1]].long()].sum(0)
+        got = ops.sum_sorted(values, index, order, starts, atoms, "sum")
+        assert got.dtype == values.dtype and got.shape == expected.shape
+        assert torch.allclose(got, expected, rtol=1e-13, atol=1e-13)
+        assert torch.equal(got, ops.sum_rows(values, index, atoms, math.prod(row), "sum"))
+
+
+def test_sorted_sums_without_data_have_the_shape_and_type_of_real_ones():
+    senders, receivers = SENDERS, RECEIVERS
+    values = torch.randn(7, 2, 3)
+    _, _, starts, order, _, _ = ops.sort_edges(senders, receivers, 4)
+    real = ops.sum_sorted(values, receivers, order, starts, 4, "sum")
+    empty = ops.sum_sorted(*(t.to("meta") for t in (values, receivers, order, starts)), 4, "sum")
+    assert (empty.shape, empty.dtype) == (real.shape, real.dtype)
+    arguments = (values, receivers, order, starts, 4, "sum")
+    torch.library.opcheck(ops.sum_sorted, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 from ...ir.layout import Block
+from ...ir.specs import TensorProductPath
 from .build import compile_kernel
 from .conv_schedule import DEFAULT, ConvSchedule, conv_schedule_from
 from .conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_problem, conv_width, weight_row
@@ -269,8 +270,18 @@ def _element(block: Block, component: int, lanes: int) -> str:
     return f"{block.base + component * block.stride} + t * {lanes}"
 
 
-def _symbol(pair: Pair, lanes: int, chunk: int) -> str:
-    return splat(f"A[{pair.symbol * chunk} + j]", lanes)
+def _symbol(pair: Pair, lanes: int, chunk: int, place: str = "j") -> str:
+    return splat(f"A[{pair.symbol * chunk} + {place}]", lanes)
+
+
+def _every_tile(path: TensorProductPath) -> str:
+    """An edge's place in ``A`` as the backward kernel's tiles read it.
+
+    A path that couples a vector or more has more constants than there are registers: LLVM would spread each
+    over a register before the loop over tiles and spill it, 64 bytes for 4. ``ptr[0]`` is zero, which LLVM
+    does not know, so they are read where they are used (a quarter of the kernel's time without its misses).
+    """
+    return "j + t * ptr[0]" if path.block_x.l else "j"
 
 
 def _ahead(buffer: str, index: str, level: int, row: str = "ahead_row[j]") -> list[str]:
@@ -417,8 +428,9 @@ def _backward_path(
     by_in: dict[int, list[Pair]] = {}
     for pair in terms.pairs:
         by_in.setdefault(pair.m1, []).append(pair)
+    symbols = {p: _symbol(p, lanes, schedule.chunk, _every_tile(path)) for p in terms.pairs}
     for m1, pairs in by_in.items():
-        total = signed_sum([(p.sign, f"{_symbol(p, lanes, schedule.chunk)} * g{k}_{p.m3}") for p in pairs])
+        total = signed_sum([(p.sign, f"{symbols[p]} * g{k}_{p.m3}") for p in pairs])
         lines.append(f"h{k}_{m1}: T.let = {total}")
         sums[m1].append(f"w{k} * h{k}_{m1}")
     place, zero = vector("grad_weight", weight, lanes, "row[j]"), splat(literal(0.0), lanes)

@@ -288,4 +288,6 @@ def test_weights_of_bonds(name):
     forward = conv_forward(spec, host_target())
     check_weights_of_bonds(spec, forward, conv_backward(spec, host_target()))
     lanes = vector_lanes(host_target())
-    check_weights_of_bonds(spec, forward, poisoned_backward(spec, lanes, host_target()), nodes=2, edges=100)
+    poisoned = poisoned_backward(spec, lanes, host_target())
+    for nodes, edges in ((1, 6), (2, 100), (9, 34)):
+        check_weights_of_bonds(spec, forward, poisoned, nodes, edges)

@@ -205,16 +205,28 @@ def _per_node(problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str],
         *_begin(sides, lanes),
         *loop(f"c in T.serial((stop - start + {size - 1}) // {size})", chunk),
     ]
-    nodes = loop("i in T.parallel(nodes)", node)
-    return loop("sweep in T.serial(T.Select(rows < edges, 2, 1))", nodes) if sides.sweeps else nodes
+    if not sides.sweeps:
+        return loop("i in T.parallel(nodes)", node)
+    places = [f"i: T.let = {_from_both_ends('p')}", f"following: T.let = {_from_both_ends('behind')}"]
+    nodes = loop("p in T.parallel(nodes)", ["behind: T.let = T.min(p + 1, nodes - 1)", *places, *node])
+    return loop("sweep in T.serial(T.Select(rows < edges, 2, 1))", nodes)
+
+
+def _from_both_ends(place: str) -> str:
+    """The node that comes at a place in the order first, last, second, last but one, ...
+
+    Of a bond's two edges the first often has the later sender: the first sweep has most to do for the last
+    nodes, the second for the first ones. Taken from both ends, every thread's part is as large.
+    """
+    return f"T.Select({place} % 2 == 0, {place} // 2, nodes - 1 - {place} // 2)"
 
 
 def _ahead_edge(sides: _Sides, size: int) -> str:
-    """The edge that comes a chunk later; in sweeps, two edges later, of this node or of the one behind it."""
+    """The edge that comes a chunk later; in sweeps, two later, of this node or of the one that follows."""
     if not sides.sweeps:
         return f"order[T.min(first + j + {size}, edges - 1)]"
     here = f"first + j + {_AHEAD}"
-    return f"order[T.min(T.Select({here} < stop, {here}, {here} - stop + high + start - low), edges - 1)]"
+    return f"order[T.min(T.Select({here} < stop, {here}, {here} - stop + after), edges - 1)]"
 
 
 def _begin(sides: _Sides, lanes: int) -> list[str]:
@@ -225,14 +237,21 @@ def _begin(sides: _Sides, lanes: int) -> list[str]:
     if not sides.sweeps:
         return ["start: T.let = low", "stop: T.let = high", *zeros]
     return [
-        local("middle", 1, "int32"),
-        "middle[0] = low",
-        *loop("k in T.serial(high - low)", ["middle[0] = middle[0] + T.Select(order[low + k] < rows, 1, 0)"]),
+        local("middle", 2, "int32"),
+        *_middle(0, "i"),
+        *_middle(1, "following"),
         "start: T.let = T.Select(sweep == 0, low, middle[0])",
         "stop: T.let = T.Select(sweep == 0, middle[0], high)",
+        "after: T.let = T.Select(sweep == 0, ptr[following], middle[1])",
         "if sweep == 0:",
         *("    " + line for line in zeros),
     ]
+
+
+def _middle(k: int, node: str) -> list[str]:
+    """Where a node's edges begin that belong to the second sweep, as ``middle[k]``."""
+    count = f"middle[{k}] = middle[{k}] + T.Select(order[ptr[{node}] + k] < rows, 1, 0)"
+    return [f"middle[{k}] = ptr[{node}]", *loop(f"k in T.serial(ptr[{node} + 1] - ptr[{node}])", [count])]
 
 
 def _contract_harmonics(problem: Problem, lanes: int, size: int) -> list[str]:

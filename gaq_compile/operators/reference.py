@@ -131,7 +131,7 @@ def sort_edges(senders: Tensor, receivers: Tensor, num_nodes: int) -> list[Tenso
 
     Returns:
         ``[senders, receivers, receiver_ptr, receiver_order, sender_ptr, sender_order]``: the edges
-        of receiver n are ``receiver_order[receiver_ptr[n] : receiver_ptr[n + 1]]``.
+        of receiver n are ``receiver_order[receiver_ptr[n] : receiver_ptr[n + 1]]``, in ascending order.
     """
     lists = [senders.to(torch.int32), receivers.to(torch.int32)]
     for index in (receivers, senders):
@@ -174,14 +174,23 @@ def conv(x: Tensor, sh: Tensor, weight: Tensor, edges: list[Tensor], spec: str) 
 def conv_backward(
     grad: Tensor, x: Tensor, sh: Tensor, weight: Tensor, edges: list[Tensor], spec: str, of_sh: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`conv` with respect to x, sh (zeros without ``of_sh``) and each edge's weight."""
+    """Gradients of :func:`conv` with respect to x, sh (zeros without ``of_sh``) and weight.
+
+    Each has its tensor's shape: that of a bond's weights is the sum of both its edges'.
+    """
     senders, receivers = edges[0].long(), edges[1].long()
     gx, gsh, gw = tensor_product_backward(grad[receivers], x[senders], sh, _of_edges(weight, sh), spec, of_sh)
-    return torch.zeros_like(x).index_add_(0, senders, gx), gsh, gw
+    return torch.zeros_like(x).index_add_(0, senders, gx), gsh, _of_rows(gw, weight)
 
 
 def _of_edges(weight: Tensor, sh: Tensor) -> Tensor:
     return weight if weight.shape[0] == sh.shape[0] else weight.repeat(2, 1)
+
+
+def _of_rows(gradient: Tensor, weight: Tensor) -> Tensor:
+    """What an edge's and its reverse's gradients are together, where they share a row of weights."""
+    rows = weight.shape[0]
+    return gradient if gradient.shape[0] == rows else gradient[:rows] + gradient[rows:]
 
 
 def spherical_harmonics(vec: Tensor, irreps: str, normalize: bool, normalization: str) -> Tensor:

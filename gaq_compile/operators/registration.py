@@ -369,7 +369,7 @@ def _(x, sh, weight, edges, spec, label):  # type: ignore[no-untyped-def]
 def conv_backward(
     grad: Tensor, x: Tensor, sh: Tensor, weight: Tensor, edges: Sequence[Tensor], spec: str, label: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``conv`` with respect to x, sh and weight."""
+    """Gradients of ``conv`` with respect to x, sh and weight, each in its tensor's shape."""
     return ref.conv_backward(grad, x, sh, weight, list(edges), spec)
 
 

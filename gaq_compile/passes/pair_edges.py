@@ -11,7 +11,8 @@ half and gathered where both directions are needed; a convolution reads it as it
 A gradient with respect to an even value is never needed edge by edge: of the two numbers of a pair only
 the sum ``g[e] + g[e + E / 2]`` matters, since what it is multiplied with later is even, or changes sign
 and is then added to one end and subtracted from the other. So gradients are added up where they come
-in, pass the networks backwards once per bond, and go to the first of the two edges, the other gets zero.
+in (those of a convolution's weights in its own kernel), pass the networks backwards once per bond, and go
+to the first of the two edges, the other gets zero.
 """
 
 from __future__ import annotations
@@ -269,12 +270,32 @@ class _Pairs:
         lifted = self._downstream(lifts)
         readers = {n: [u for u in n.users if u in self.shapes and u not in even] for n in nodes if n in even}
         takers = {n: [u for u in n.users if u not in lifted] for n in nodes if n in lifted}
+        together = self._sum_in_convolutions(readers, lifted)
         for node in (*readers, *takers):
             self.half(node)
         for node, users in readers.items():
-            self._read(node, users)
+            self._read(node, users, together)
         for node, users in takers.items():
             self._spread(node, users)
+        for gradient in (n for n, half in self.halves.items() if n is half):
+            self.shapes[gradient] = replace(self.shapes[gradient], rows="bond")
+
+    def _sum_in_convolutions(self, readers: Mapping[Node, list[Node]], lifted: set[Node]) -> set[Node]:
+        """The gradients of convolutions that add up those of a bond's weights by themselves.
+
+        They do it where they are given a bond's weights, so nobody may ask for an edge's: what they return is
+        its own half.
+        """
+        found: set[Node] = set()
+        for node, users in readers.items():
+            for user in users:
+                if user.target is not gaq.conv_backward.default or user.args[3] is not node:
+                    continue
+                gradients = [g for g in user.users if g.args[1] == 2]
+                if all(self.summed.get(g) == EVEN and lifted.issuperset(g.users) for g in gradients):
+                    found.add(user)
+                    self.halves.update({g: g for g in gradients})
+        return found
 
     def _downstream(self, nodes: set[Node]) -> set[Node]:
         """Those that are linears, or computed from one by others."""
@@ -284,10 +305,12 @@ class _Pairs:
                 found.add(node)
         return found
 
-    def _read(self, node: Node, users: list[Node]) -> None:
-        """Let users read an even value's bond; convolutions do that by themselves."""
-        convolutions = [u for u in users if u.target in _CONVOLUTIONS]
-        for user in convolutions:
+    def _read(self, node: Node, users: list[Node], together: set[Node]) -> None:
+        """Let users read an even value's bond; convolutions do that by themselves.
+
+        Of their gradients, those ``together`` do: others are asked for every edge's.
+        """
+        for user in (u for u in users if u.target is gaq.conv.default or u in together):
             if user.args[_CONVOLUTIONS[user.target]] is node:
                 user.update_arg(_CONVOLUTIONS[user.target], self.half(node))
         others = [u for u in users if node in u.all_input_nodes]

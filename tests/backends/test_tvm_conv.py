@@ -266,17 +266,28 @@ def test_a_forbidden_path_is_refused():
         conv_forward("4x0e * 1x1o -> 4x0e | 0.0.0", host_target())
 
 
-def check_weights_of_bonds(spec: str, forward, backward) -> None:
-    """One row of weights for edge e and edge e + E / 2 is the same as two equal ones."""
-    (x, sh, weight, grad), ends = problem(spec, nodes=5, edges=70, seed=4)
-    half, whole = weight[:35].contiguous(), weight[:35].repeat(2, 1)
+def check_weights_of_bonds(spec: str, forward, backward, nodes: int = 5, edges: int = 70) -> None:
+    """One row of weights for edge e and edge e + E / 2: two equal ones, whose gradients are added up."""
+    (x, sh, weight, grad), ends = problem(spec, nodes, edges, seed=4)
+    bonds = edges // 2
+    half, whole = weight[:bonds].contiguous(), weight[:bonds].repeat(2, 1)
     assert torch.equal(forward(x, sh, half, ends), forward(x, sh, whole, ends))
-    found, expected = (backward(grad, x, sh, w, ends) for w in (half, whole))
-    assert found[2].shape == whole.shape
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    found, each = (backward(grad, x, sh, w, ends) for w in (half, whole))
+    leaves = [t.double().requires_grad_() for t in (x, sh, half)]
+    expected = reference(spec, leaves[0], leaves[1], leaves[2].repeat(2, 1), ends)
+    for a, b in zip(found, torch.autograd.grad(expected, leaves, grad.double()), strict=True):
+        assert a.shape == b.shape and relative(a, b) <= TOLERANCE
+    assert torch.equal(found[1], each[1]) and each[2].shape == whole.shape
+    again = backward(grad, x, sh, half, ends)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
 @pytest.mark.parametrize("name", ["shared output", "sevennet middle"])
 def test_weights_of_bonds(name):
     spec = SPECS[name]
-    check_weights_of_bonds(spec, conv_forward(spec, host_target()), conv_backward(spec, host_target()))
+    forward = conv_forward(spec, host_target())
+    check_weights_of_bonds(spec, forward, conv_backward(spec, host_target()))
+    lanes = vector_lanes(host_target())
+    poisoned = poisoned_backward(spec, lanes, host_target())
+    for nodes, edges in ((1, 6), (2, 100), (9, 34)):
+        check_weights_of_bonds(spec, forward, poisoned, nodes, edges)

@@ -290,6 +290,20 @@ def test_conv_is_gather_product_scatter():
     _close(through, true)
 
 
+def test_weights_of_bonds_have_the_gradient_of_both_edges():
+    spec = tensor_product_spec(PRODUCT)
+    senders, receivers = torch.cat([SENDERS, RECEIVERS]), torch.cat([RECEIVERS, SENDERS])
+    edges = reference.sort_edges(senders, receivers, 4)
+    x, sh, weight = _double((4, dim(spec.irreps_x)), (14, dim(spec.irreps_sh)), (7, spec.weight_numel))
+    out = reference.conv(x, sh, weight.repeat(2, 1), edges, PRODUCT)
+    grad = torch.randn_like(out)
+    true = torch.autograd.grad(out, (x, sh, weight), grad)
+    _close([reference.conv(x, sh, weight, edges, PRODUCT)], [out])
+    _close(reference.conv_backward(grad, x, sh, weight, edges, PRODUCT), true)
+    through = torch.autograd.grad(ops.conv(x, sh, weight, edges, PRODUCT, "c"), (x, sh, weight), grad)
+    _close(through, true)
+
+
 def test_conv_without_edges():
     spec = tensor_product_spec(PRODUCT)
     none = torch.zeros(0, dtype=torch.int64)

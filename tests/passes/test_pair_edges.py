@@ -141,7 +141,29 @@ def test_a_convolution_reads_the_weights_of_bonds(graph, inputs):
     after = fuse_rows(gm, FORM, linears=False)
     linears = {n for target in LINEARS for n in calls(after, target)}
     assert next(calls(after, gaq.conv.default)).args[2] in linears
-    assert next(calls(after, gaq.conv_backward.default)).args[3] in linears
+    backward = next(calls(after, gaq.conv_backward.default))
+    assert backward.args[3] in linears
+    (gradient,) = (user for user in backward.users if user.args[1] == 2)
+    assert linears.issuperset(gradient.users), "both edges' sum comes out of the kernel"
+
+
+def test_a_convolution_whose_weights_gradient_is_read_by_itself_reads_the_weights_of_edges(graph, inputs):
+    spec = f"{WIDTH}x0e * 1x1o -> {WIDTH}x1o | 0.0.0*1.0"
+
+    def function(vec, receivers, senders, batch):
+        vec = vec.detach().requires_grad_()
+        edges, weight = gaq.sort_edges(senders, receivers, batch.shape[0]), _radial(vec)
+        total = torch.tanh(gaq.conv(_atoms(batch), vec, weight, edges, spec, "conv")).sum(1)
+        to_vec, to_weight = torch.autograd.grad(total.sum(), (vec, weight))
+        forces = vec.new_zeros(batch.shape[0], 3).index_add(0, receivers, to_vec)
+        return total.detach(), forces.index_add(0, senders, -to_vec), _add(to_weight, senders, batch)
+
+    gm = graph(function)
+    _check(gm, inputs)
+    after = fuse_rows(gm, FORM, linears=False)
+    linears = {n for target in LINEARS for n in calls(after, target)}
+    assert next(calls(after, gaq.conv.default)).args[2] in linears
+    assert next(calls(after, gaq.conv_backward.default)).args[3] not in linears
 
 
 @pytest.mark.parametrize("order", ["one", "other"])

@@ -2,7 +2,7 @@
 
     out[n] = sum over edges e with receiver n of TP(x[senders[e]], sh[e], weight[e])
 
-Weights may have one row for edge e and its reverse, e + E / 2; their gradients have one for each.
+Weights may have one row for edge e and its reverse, e + E / 2; their gradient then is the sum of both.
 
 Both kernels run in parallel over nodes and visit a node's edges in chunks (of 16, unless tuning has
 found better: :class:`ConvSchedule`). A chunk's spherical harmonics are contracted with the
@@ -13,16 +13,22 @@ Clebsch-Gordan constants once, for all channels and a vector of edges at a time:
 Then, block by block and one vector register of channels at a time, ``out[m3] += w * A[m1, m3] *
 x[m1]`` runs over the chunk's edges with all sums in registers. That order touches an edge's weights
 in pieces, which hardware does not foresee, so the next chunk's are prefetched into the second-level
-cache, one line for each line used (measured: forward and backward twice as fast). The backward kernel
-owns a *sender*, so that gradients with respect to x need no atomics and every run gives the same bits:
+cache, one line for each line used (measured: twice as fast). The backward kernel owns a *sender*, so that
+gradients with respect to x need no atomics and every run gives the same bits; it takes one edge after
+another, whole, because what it would keep in registers otherwise is less than what it reads, and an edge's
+rows of weights and of the receiver's gradient, 20 KB in SevenNet, are asked for two edges before:
 
     H[m1] = sum_m3 A[m1, m3] * g[m3]      grad_x[m1] += w * H[m1]      grad_w = sum_m1 x[m1] * H[m1]
     grad_sh[m2] += sum over channels of w * C[m1, m2, m3] * x[m1] * g[m3]
+
+An edge and its reverse have different senders. Where they share a row of weights, all nodes are gone through
+twice: first with the edges below E / 2, which write its gradient, then with the others, which add to it. So
+no two threads ever meet in a row, and the order of each sum is fixed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,6 +36,7 @@ from typing import Any
 import torch
 
 from ...ir.layout import Block
+from ...ir.specs import TensorProductPath
 from .build import compile_kernel
 from .conv_schedule import DEFAULT, ConvSchedule, conv_schedule_from
 from .conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_problem, conv_width, weight_row
@@ -47,6 +54,8 @@ from .emit import (
     vector_lanes,
 )
 from .launch import Choice, Input, Launch, Output, Part
+
+_AHEAD = 2  # edges between asking for what the backward kernel reads and using it
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -82,13 +91,14 @@ def conv_forward(spec: str, target: str) -> Launch:
 def conv_backward(spec: str, target: str) -> Launch:
     """The compiled gradient ``(grad, x, sh, weight, edges) -> (grad_x, grad_sh, grad_weight)``.
 
-    ``grad`` is (N, dim_out); the other arguments, shapes and errors are :func:`conv_forward`'s.
+    ``grad`` is (N, dim_out); the other arguments, shapes and errors are :func:`conv_forward`'s. Each node's
+    edges come in ascending order. The gradients have their tensors' shapes.
     """
     problem = conv_problem(spec)
     widths = [(conv_width(problem, name),) for name in ("out", "x", "sh", "weight")]
     tensors = [Input(k, row) for k, row in enumerate(widths)]
     edges = [Input(4 + k, dtype=torch.int32) for k in (1, 4, 5)]
-    made = [Output(k, row) for k, row in zip((1, 2, 2), widths[1:], strict=True)]
+    made = [Output(k, row) for k, row in zip((1, 2, 3), widths[1:], strict=True)]
 
     def nothing(
         grad: torch.Tensor, x: torch.Tensor, sh: torch.Tensor, weight: torch.Tensor, *_: Any
@@ -137,11 +147,12 @@ def backward_source(spec: str, lanes: int, schedule: ConvSchedule = DEFAULT) -> 
     grad_weight)``; arguments as for :func:`forward_source`."""
     problem = conv_problem(spec)
     widest = max((block_lanes(g[0].path.block_x.mul, lanes) for g in problem.by_input), default=1)
-    inner = _zero_grad_sh(problem, widest, schedule.chunk)
+    edge = _zero_grad_sh(problem, widest)
     for group in problem.by_input:
-        inner += _backward_group(problem, group, (lanes, widest), schedule)
-    inner += _reduce_grad_sh(problem, widest)
-    sides = _Sides("receivers", "grad_x", conv_width(problem, "x"))
+        edge += _backward_group(problem, group, (lanes, widest), schedule)
+    edge += _reduce_grad_sh(problem, widest)
+    inner = [*_grad_sh_memory(problem, widest), *loop("j in T.serial(count)", edge)]
+    sides = _Sides("receivers", "grad_x", conv_width(problem, "x"), sweeps=True)
     body = _per_node(problem, lanes, sides, inner, schedule.chunk)
     given = ("grad", "x", "sh", "weight", "receivers", "ptr", "order")
     return kernel_text(conv_buffers(problem, *given, "grad_x", "grad_sh", "grad_weight"), body)
@@ -149,34 +160,35 @@ def backward_source(spec: str, lanes: int, schedule: ConvSchedule = DEFAULT) -> 
 
 @dataclass(frozen=True)
 class _Sides:
-    """Which end of an edge is gathered, and the per-node result that the loop owns."""
+    """Which end of an edge is gathered, the per-node result that the loop owns, and whether edges that share
+    their weights with one before come in a second ``sweep``."""
 
     gathered: str
     result: str
     width: int
+    sweeps: bool = False
 
 
 def _per_node(problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str], size: int) -> list[str]:
     """The loops over nodes and chunks of ``size`` edges, around what is done with a chunk."""
-    zero_lanes = block_lanes(sides.width, lanes)
     gather = [
         "edge[j] = order[first + j]",
-        f"ahead[j] = order[T.min(first + j + {size}, edges - 1)]",
+        f"ahead[j] = {_ahead_edge(sides, size)}",
         f"row[j] = {weight_row('edge[j]')}",
         f"ahead_row[j] = {weight_row('ahead[j]')}",
         f"node[j] = {sides.gathered}[edge[j]]",
+        f"ahead_node[j] = {sides.gathered}[ahead[j]]",
     ]
     gather += [f"harmonic[{k * size} + j] = sh[edge[j], {c}]" for k, c in enumerate(problem.columns)]
     chunk = [
-        f"first: T.let = low + c * {size}",
-        f"count: T.let = T.min(high - first, {size})",
+        f"first: T.let = start + c * {size}",
+        f"count: T.let = T.min(stop - first, {size})",
         *loop("j in T.serial(count)", gather),
         *_contract_harmonics(problem, lanes, size),
         *inner,
     ]
     # Unused lanes of the last chunk are computed too: zeros, not whatever the stack holds.
     clear = vector("harmonic", f"z * {lanes}", lanes)
-    zero = vector(sides.result, f"z * {zero_lanes}", zero_lanes, "i")
     columns = max(1, len(problem.columns))
     node = [
         local("edge", size, "int32"),
@@ -184,18 +196,62 @@ def _per_node(problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str],
         local("row", size, "int32"),
         local("ahead_row", size, "int32"),
         local("node", size, "int32"),
+        local("ahead_node", size, "int32"),
         local("harmonic", columns * size),
         local("A", max(1, len(problem.symbols)) * size),
         "low: T.let = ptr[i]",
         "high: T.let = ptr[i + 1]",
         *loop(f"z in T.serial({columns * size // lanes})", [f"{clear} = {splat(literal(0.0), lanes)}"]),
-        *loop(
-            f"z in T.serial({sides.width // zero_lanes})",
-            [f"{zero} = {splat(literal(0.0), zero_lanes)}"],
-        ),
-        *loop(f"c in T.serial((high - low + {size - 1}) // {size})", chunk),
+        *_begin(sides, lanes),
+        *loop(f"c in T.serial((stop - start + {size - 1}) // {size})", chunk),
     ]
-    return loop("i in T.parallel(nodes)", node)
+    if not sides.sweeps:
+        return loop("i in T.parallel(nodes)", node)
+    places = [f"i: T.let = {_from_both_ends('p')}", f"following: T.let = {_from_both_ends('behind')}"]
+    nodes = loop("p in T.parallel(nodes)", ["behind: T.let = T.min(p + 1, nodes - 1)", *places, *node])
+    return loop("sweep in T.serial(T.Select(rows < edges, 2, 1))", nodes)
+
+
+def _from_both_ends(place: str) -> str:
+    """The node that comes at a place in the order first, last, second, last but one, ...
+
+    Of a bond's two edges the first often has the later sender: the first sweep has most to do for the last
+    nodes, the second for the first ones. Taken from both ends, every thread's part is as large.
+    """
+    return f"T.Select({place} % 2 == 0, {place} // 2, nodes - 1 - {place} // 2)"
+
+
+def _ahead_edge(sides: _Sides, size: int) -> str:
+    """The edge that comes a chunk later; in sweeps, two later, of this node or of the one that follows."""
+    if not sides.sweeps:
+        return f"order[T.min(first + j + {size}, edges - 1)]"
+    here = f"first + j + {_AHEAD}"
+    return f"order[T.min(T.Select({here} < stop, {here}, {here} - stop + after), edges - 1)]"
+
+
+def _begin(sides: _Sides, lanes: int) -> list[str]:
+    """Where a node's edges ``start`` and ``stop``, in this sweep; and a result of zeros, once."""
+    lanes = block_lanes(sides.width, lanes)
+    zero = f"{vector(sides.result, f'z * {lanes}', lanes, 'i')} = {splat(literal(0.0), lanes)}"
+    zeros = loop(f"z in T.serial({sides.width // lanes})", [zero])
+    if not sides.sweeps:
+        return ["start: T.let = low", "stop: T.let = high", *zeros]
+    return [
+        local("middle", 2, "int32"),
+        *_middle(0, "i"),
+        *_middle(1, "following"),
+        "start: T.let = T.Select(sweep == 0, low, middle[0])",
+        "stop: T.let = T.Select(sweep == 0, middle[0], high)",
+        "after: T.let = T.Select(sweep == 0, ptr[following], middle[1])",
+        "if sweep == 0:",
+        *("    " + line for line in zeros),
+    ]
+
+
+def _middle(k: int, node: str) -> list[str]:
+    """Where a node's edges begin that belong to the second sweep, as ``middle[k]``."""
+    count = f"middle[{k}] = middle[{k}] + T.Select(order[ptr[{node}] + k] < rows, 1, 0)"
+    return [f"middle[{k}] = ptr[{node}]", *loop(f"k in T.serial(ptr[{node} + 1] - ptr[{node}])", [count])]
 
 
 def _contract_harmonics(problem: Problem, lanes: int, size: int) -> list[str]:
@@ -233,13 +289,23 @@ def _element(block: Block, component: int, lanes: int) -> str:
     return f"{block.base + component * block.stride} + t * {lanes}"
 
 
-def _symbol(pair: Pair, lanes: int, chunk: int) -> str:
-    return splat(f"A[{pair.symbol * chunk} + j]", lanes)
+def _symbol(pair: Pair, lanes: int, chunk: int, place: str = "j") -> str:
+    return splat(f"A[{pair.symbol * chunk} + {place}]", lanes)
 
 
-def _ahead(buffer: str, index: str, level: int) -> list[str]:
-    """Fetch the next chunk's weights into a cache (TVM counts locality down from 3, the first level)."""
-    text = prefetch(buffer, index, "ahead_row[j]" if buffer == "weight" else "ahead[j]")
+def _every_tile(path: TensorProductPath) -> str:
+    """An edge's place in ``A`` as the backward kernel's tiles read it.
+
+    A path that couples a vector or more has more constants than there are registers: LLVM would spread each
+    over a register before the loop over tiles and spill it, 64 bytes for 4. ``ptr[0]`` is zero, which LLVM
+    does not know, so they are read where they are used (a quarter of the kernel's time without its misses).
+    """
+    return "j + t * ptr[0]" if path.block_x.l else "j"
+
+
+def _ahead(buffer: str, index: str, level: int, row: str = "ahead_row[j]") -> list[str]:
+    """Fetch what is needed soon into a cache (TVM counts locality down from 3, the first level)."""
+    text = prefetch(buffer, index, row)
     return [text.replace(", 0, 2, 1))", f", 0, {4 - level}, 1))")] if level else []
 
 
@@ -305,15 +371,19 @@ def _forward_path(
 
 
 def _grad_sh_slot(problem: Problem, column: int, widest: int) -> str:
-    """Where a chunk's partial grad_sh of edge ``j`` lies: one vector per column."""
-    return f"j * {len(problem.columns) * widest} + {problem.columns.index(column) * widest}"
+    """Where an edge's partial grad_sh lies: one vector per column."""
+    return str(problem.columns.index(column) * widest)
 
 
-def _zero_grad_sh(problem: Problem, widest: int, chunk: int) -> list[str]:
-    size = max(1, len(problem.columns)) * chunk * widest
-    zero = f"{vector('partial', f'z * {widest}', widest)} = {splat(literal(0.0), widest)}"
-    count = f"count * {len(problem.columns)}"
-    return [local("partial", size), *loop(f"z in T.serial({count})", [zero])]
+def _grad_sh_memory(problem: Problem, widest: int) -> list[str]:
+    return [local("partial", max(1, len(problem.columns)) * widest), local("halves", max(2, widest))]
+
+
+def _zero_grad_sh(problem: Problem, widest: int) -> list[str]:
+    zero = splat(literal(0.0), widest)
+    return [
+        f"{vector('partial', _grad_sh_slot(problem, c, widest), widest)} = {zero}" for c in problem.columns
+    ]
 
 
 def _reduce_grad_sh(problem: Problem, widest: int) -> list[str]:
@@ -329,7 +399,7 @@ def _reduce_grad_sh(problem: Problem, widest: int) -> list[str]:
             lines.append(f"{vector('halves', str(half), half)} = {total}")
             at, source, half = str(half), "halves", half // 2
         lines.append(f"grad_sh[edge[j], {column}] = {source}[{at}]")
-    return [local("halves", max(2, widest)), *loop("j in T.serial(count)", lines)]
+    return lines
 
 
 def _backward_group(
@@ -341,31 +411,28 @@ def _backward_group(
     """
     block = group[0].path.block_x
     lanes, widest = block_lanes(block.mul, widths[0]), widths[1]
-    name = f"sum_{block.base}"
     components = range(block.components)
-    held = [vector(name, str(m * lanes), lanes) for m in components]
-    home = [vector("grad_x", _element(block, m, lanes), lanes, "i") for m in components]
     columns = sorted({t.column for terms in group for t in terms.triples})
     slots = {c: vector("partial", _grad_sh_slot(problem, c, widest), lanes) for c in columns}
-    edge = [f"s{c}_0: T.let = {slot}" for c, slot in slots.items()]
+    tile = [f"x{m}: T.let = {vector('x', _element(block, m, lanes), lanes, 'i')}" for m in components]
+    tile += [f"s{c}_0: T.let = {slot}" for c, slot in slots.items()]
+    sums: dict[int, list[str]] = {m: [] for m in components}
     version = dict.fromkeys(columns, 0)
     for k, terms in enumerate(group):
-        edge += _backward_path(terms, k, lanes, held, schedule)
-        edge += _grad_sh_path(terms, k, version)
-    edge += [f"{slot} = s{c}_{version[c]}" for c, slot in slots.items()]
-    tile = [
-        *(f"x{m}: T.let = {vector('x', _element(block, m, lanes), lanes, 'i')}" for m in components),
-        *(f"{held[m]} = {home[m]}" for m in components),
-        *loop("j in T.serial(count)", edge),
-        *(f"{home[m]} = {held[m]}" for m in components),
-    ]
-    return [local(name, block.components * lanes), *loop(f"t in T.serial({block.mul // lanes})", tile)]
+        tile += _backward_path(terms, k, lanes, sums, schedule)
+        tile += _grad_sh_path(terms, k, version)
+    for m, found in sums.items():
+        if found:
+            home = vector("grad_x", _element(block, m, lanes), lanes, "i")
+            tile.append(f"{home} = {signed_sum([(1, term) for term in found], home)}")
+    tile += [f"{slot} = s{c}_{version[c]}" for c, slot in slots.items()]
+    return loop(f"t in T.serial({block.mul // lanes})", tile)
 
 
 def _backward_path(
-    terms: PathTerms, k: int, lanes: int, held: Sequence[str], schedule: ConvSchedule
+    terms: PathTerms, k: int, lanes: int, sums: Mapping[int, list[str]], schedule: ConvSchedule
 ) -> list[str]:
-    """``H[m1]``, then grad_x and grad_weight; leaves ``w``, ``g`` and ``y = w * x`` bound."""
+    """``H[m1]``, terms of grad_x, and grad_weight; leaves ``w``, ``g`` and ``y = w * x`` bound."""
     path = terms.path
     weight = f"{path.offset} + t * {lanes}"
     lines = [
@@ -374,17 +441,20 @@ def _backward_path(
         f"w{k}: T.let = {vector('weight', weight, lanes, 'row[j]')}",
     ]
     for m3 in range(path.block_out.components):
-        g = vector("grad", _element(path.block_out, m3, lanes), lanes, "node[j]")
-        lines.append(f"g{k}_{m3}: T.let = {g}")
+        place = _element(path.block_out, m3, lanes)
+        lines += _ahead("grad", place, schedule.prefetch, "ahead_node[j]")
+        lines.append(f"g{k}_{m3}: T.let = {vector('grad', place, lanes, 'node[j]')}")
     by_in: dict[int, list[Pair]] = {}
     for pair in terms.pairs:
         by_in.setdefault(pair.m1, []).append(pair)
+    symbols = {p: _symbol(p, lanes, schedule.chunk, _every_tile(path)) for p in terms.pairs}
     for m1, pairs in by_in.items():
-        total = signed_sum([(p.sign, f"{_symbol(p, lanes, schedule.chunk)} * g{k}_{p.m3}") for p in pairs])
+        total = signed_sum([(p.sign, f"{symbols[p]} * g{k}_{p.m3}") for p in pairs])
         lines.append(f"h{k}_{m1}: T.let = {total}")
-        lines.append(f"{held[m1]} = {held[m1]} + w{k} * h{k}_{m1}")
-    grad_weight = signed_sum([(1, f"x{m1} * h{k}_{m1}") for m1 in by_in]) or splat(literal(0.0), lanes)
-    lines.append(f"{vector('grad_weight', weight, lanes, 'edge[j]')} = {grad_weight}")
+        sums[m1].append(f"w{k} * h{k}_{m1}")
+    place, zero = vector("grad_weight", weight, lanes, "row[j]"), splat(literal(0.0), lanes)
+    before = f"T.Select({splat('sweep == 1', lanes)}, {place}, {zero})"
+    lines.append(f"{place} = {signed_sum([(1, f'x{m1} * h{k}_{m1}') for m1 in by_in], before)}")
     return lines
 
 

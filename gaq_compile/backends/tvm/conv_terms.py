@@ -89,7 +89,7 @@ def _buffer(problem: Problem, name: str) -> tuple[str, str]:
     if name == "ptr":
         return "ends", "int32"
     tensor = "out" if name == "grad" else name.removeprefix("grad_")
-    rows = "rows" if name == "weight" else "edges" if tensor in ("sh", "weight") else "nodes"
+    rows = {"weight": "rows", "sh": "edges"}.get(tensor, "nodes")
     return f"{rows}, {conv_width(problem, tensor)}", "float32"
 
 

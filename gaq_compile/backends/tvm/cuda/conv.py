@@ -95,7 +95,10 @@ def conv_forward(spec: str, gpu: Gpu) -> Forward:
 
 
 def conv_backward(spec: str, gpu: Gpu) -> Backward:
-    """The compiled gradient ``(grad, x, sh, weight, edges) -> (grad_x, grad_sh, grad_weight)``."""
+    """The compiled gradient ``(grad, x, sh, weight, edges) -> (grad_x, grad_sh, grad_weight)``.
+
+    The kernel finds every edge's gradient of the weights; where a bond has one row, both are added after it.
+    """
     kernel, add = gpu.kernel(backward_text(spec)), gpu.kernel(add_text(spec))
     groups, columns = backward_groups(spec), len(conv_problem(spec).columns)
 
@@ -112,7 +115,9 @@ def conv_backward(spec: str, gpu: Gpu) -> Backward:
         results = {"grad_x": grad_x, "grad_weight": grad_weight, "parts": parts}
         kernel((x.shape[0], _warps(groups)), {**given, **order, **results})
         add((blocks_of(count, _THREADS), 1), {"parts": parts, "grad_sh": grad_sh, "edges": count})
-        return grad_x, grad_sh, grad_weight
+        rows = weight.shape[0]
+        together = grad_weight if rows == count else grad_weight[:rows] + grad_weight[rows:]
+        return grad_x, grad_sh, together
 
     return run
 
@@ -194,7 +199,8 @@ def backward_text(spec: str) -> str:
     problem, groups = conv_problem(spec), backward_groups(spec)
     body = _grouped(groups, [_backward(problem, group) for group in groups])
     given = ("grad", "x", "sh", "weight", "receivers", "ptr", "order")
-    buffers = conv_buffers(problem, *given, "grad_x", "grad_weight")
+    buffers = conv_buffers(problem, *given, "grad_x")
+    buffers.append(("grad_weight", f"edges, {conv_width(problem, 'weight')}", "float32"))
     buffers.append(("parts", "several", "float32"))
     body = [*_memory(groups), *body]
     return grid_text(buffers, body, blocks="nodes", threads=WARP, parts=_warps(groups))

@@ -218,6 +218,8 @@ class _Again:
         if node.target in GATHERS:
             index = gather_index(node)
             return index is not None and (_is_end(index) or _part(index) == "bond")
+        if node.target in VIEWS and not self._has_edges(node.args[0]):
+            return False  # of a constant, spread over as many rows as there are edges
         return all(self._of_ends(a) for a in node.all_input_nodes if self(a))
 
 
@@ -266,6 +268,7 @@ class _Inner:
         self.inputs: list[Node] = []
         self.outer, self.shapes = shapes, dict[Node, RowShape]()
         self._values: dict[tuple[Node, str | None], Node] = {}
+        self._inputs: dict[Node, Node] = {}
         for node in self._live():
             self._computed(node)
         self.graph.output(tuple(self._values[n, None] for n in results))
@@ -287,7 +290,12 @@ class _Inner:
         if which is not None:
             self._values[node, None] = self._value(node.args[0], which)  # type: ignore[arg-type]
         else:
-            self._keep(node, None, self.graph.node_copy(node, lambda a: self._value(a, None)))
+            self._copied(node)
+
+    def _copied(self, node: Node) -> Node:
+        table = node.args[0] if node.target in GATHERS else None  # kernels gather from what is there
+        copy = self.graph.node_copy(node, lambda a: self._given(a) if a is table else self._value(a, None))
+        return self._keep(node, None, copy)
 
     def _keep(self, node: Node, edge: str | None, made: Node) -> Node:
         self._values[node, edge] = made
@@ -304,21 +312,27 @@ class _Inner:
             return self._values[node, edge]
         if self.again(node):
             return self._repeated(node, edge)
-        if edge:
-            return self._gathered(node, edge)
-        if node.op == "get_attr":
-            made = self.graph.get_attr(add_buffer(self.buffers, node.name, attribute(self.gm, node)))
-        else:
-            made = self.graph.placeholder(node.name)
-            self.inputs.append(node)
-        return self._keep(node, None, made)
+        return self._gathered(node, edge) if edge else self._keep(node, None, self._given(node))
+
+    def _given(self, node: Node) -> Node:
+        """What is there: a constant, or an input."""
+        if node not in self._inputs:
+            if node.op == "get_attr":
+                made = self.graph.get_attr(add_buffer(self.buffers, node.name, attribute(self.gm, node)))
+            else:
+                made = self.graph.placeholder(node.name)
+                self.inputs.append(node)
+            if node in self.outer:
+                self.shapes[made] = self.outer[node]
+            self._inputs[node] = made
+        return self._inputs[node]
 
     def _has_edges(self, node: Node) -> bool:
         return node in self.outer and self.outer[node].rows == "edge"
 
     def _repeated(self, node: Node, edge: str | None) -> Node:
         if edge is None:
-            return self._keep(node, None, self.graph.node_copy(node, lambda a: self._value(a, None)))
+            return self._copied(node)
         if node.target in GATHERS:
             return self._gathered_at_bond(node, edge)
         sized = node.target in VIEWS  # sizes are the edges', and the only ones that are no numbers
@@ -347,7 +361,7 @@ class _Inner:
         return self._indexed(node, edge, node, parts[edge])
 
     def _indexed(self, node: Node, edge: str, table: Node, index: Node) -> Node:
-        rows = (self._value(table, None), [self._value(index, None)])
+        rows = (self._given(table), [self._value(index, None)])
         return self._keep(node, edge, self.graph.call_function(aten.index.Tensor, rows))
 
 

@@ -34,8 +34,7 @@ def sort_sums(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
 
 
 def _sort_sums(gm: GraphModule, shapes: dict[Node, RowShape], receivers: Node, senders: Node) -> None:
-    ends = (receivers, senders)
-    sums = [n for n in calls(gm, gaq.sum_rows.default) if n.args[1] in ends and isinstance(n.args[2], Node)]
+    sums = [n for n in calls(gm, gaq.sum_rows.default) if _is_of_atoms(n, (receivers, senders), shapes)]
     if not sums:
         return
     known = [n for n in calls(gm, gaq.sort_edges.default) if n.args[:2] == (senders, receivers)]
@@ -62,3 +61,8 @@ def _sort_sums(gm: GraphModule, shapes: dict[Node, RowShape], receivers: Node, s
         shapes[total] = shapes[node]
         node.replace_all_uses_with(total)
         gm.graph.erase_node(node)
+
+
+def _is_of_atoms(node: Node, ends: tuple[Node, Node], shapes: dict[Node, RowShape]) -> bool:
+    """Whether a sum over the ends of edges has a row for each atom, a number that is asked for."""
+    return node.args[1] in ends and shapes[node].rows == "atom" and isinstance(node.args[2], Node)

@@ -1,9 +1,10 @@
 """Graphs on disk, beside the kernels: what was captured or derived once is read the next time.
 
 An entry is a safetensors file with JSON graphs (:mod:`.ir.serial`: no pickle, no code) in
-``$GAQ_CACHE_DIR/graphs``, named by a hash of everything that its graphs follow from. A file that cannot be read, or that is not what
-its name says, is ignored with a :class:`CacheWarning` and written again. Nothing that comes from here is
-trusted more than what has just been computed: the checks of :mod:`.verify.checks` follow either way.
+``$GAQ_CACHE_DIR/graphs``, named by a hash of everything that its graphs follow from. A file that cannot be
+read, or that is not what its name says, is ignored with a :class:`.errors.CacheWarning` and written again.
+Nothing that comes from here is trusted more than what has just been computed: the checks of
+:mod:`.verify.checks` follow either way.
 ``GAQ_CACHE_GRAPHS=0`` turns it off.
 """
 
@@ -59,8 +60,7 @@ class Stages(Mapping[str, GraphModule]):
     """
 
     def __init__(self, graphs: Mapping[str, GraphModule] | Mapping[str, _Lazy]) -> None:
-        known: Mapping[str, _Lazy] = graphs._graphs if isinstance(graphs, Stages) else graphs
-        self._graphs = dict(known)
+        self._graphs: dict[str, _Lazy] = {**(graphs._graphs if isinstance(graphs, Stages) else graphs)}
 
     def __getitem__(self, name: str) -> GraphModule:
         found = self._graphs[name]

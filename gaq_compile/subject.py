@@ -176,10 +176,11 @@ def _key(subject: Subject) -> str | None:
 
 
 def _subject(model: nn.Module | str, example_graph: Any) -> Subject:
+    ours = isinstance(model, str)
     name, model = (model, load_model(model)) if isinstance(model, str) else (type(model).__name__, model)
     if _are_structures(example_graph):
         structures = [example_graph] if isinstance(example_graph, Atoms) else list(example_graph)
-        return _structure_subject(name, model, structures)
+        return _structure_subject(name, model, structures, ours)
     captured = TensorModel(model, example_graph)
     structures = captured.structures()
     example = [captured.tensors[n] for n in captured.form.inputs]
@@ -195,7 +196,7 @@ def _are_structures(example: Any) -> bool:
     return isinstance(example, list | tuple) and all(isinstance(item, Atoms) for item in example)
 
 
-def _structure_subject(name: str, model: nn.Module, structures: list[Atoms]) -> Subject:
+def _structure_subject(name: str, model: nn.Module, structures: list[Atoms], ours: bool) -> Subject:
     recipe = find_recipe(model)
     energy_model = recipe.energy_model(model)
     form = energy_model.form
@@ -203,7 +204,7 @@ def _structure_subject(name: str, model: nn.Module, structures: list[Atoms]) -> 
     example = collate(_traced_structures(structures[0], form), form)
     calibration = _rattled_too(structures)
     return Subject(
-        name, energy_model, recipe.original(model), structures, lambda s: collate(s, form),
+        name, energy_model, recipe.original(model, ours), structures, lambda s: collate(s, form),
         [example[n] for n in form.inputs], calibration,
     )  # fmt: skip
 

@@ -2,10 +2,10 @@
 
 Hashed are, for every module of the tree: the bytes, types and shapes of parameters and buffers, every
 attribute, and the code of its class and of the class's bases as Python runs it (bytecode, constants,
-defaults, closures), together with whatever functions, classes and values of the same package that code names. Of
-packages that code comes from, all source files are hashed besides; of torch and the libraries beneath it, the
-versions. What cannot be rendered in the same way in every process (an open file, a compiled TorchScript
-module, a hook) has no hash, and such a module is captured every time.
+defaults, closures), together with whatever functions, classes and values that code names. Of packages that
+code comes from, all source files are hashed besides; of torch and the libraries beneath it, the versions.
+What cannot be rendered in the same way in every process (an open file, a compiled TorchScript module, a
+hook) has no hash, and such a module is captured every time.
 """
 
 from __future__ import annotations

@@ -157,8 +157,7 @@ def cached_forces(quantized: GraphModule, form: GraphFormat, example: Sequence[T
     """:func:`.passes.pipeline.forces_of`, traced once for each structure of a graph.
 
     Tracing sees the types and shapes of the graph's weights, never their values, so these are no part of
-    the key and are put in afterwards. What the graph holds beside its parameters and buffers is traced by
-    value, and is part of it.
+    the key and are put in afterwards. Any tensor that is no parameter and no buffer would be seen, and is.
     """
     state = {**dict(quantized.named_parameters()), **dict(quantized.named_buffers())}
     key = _forces_key(quantized, state, form, example) if is_on() else None

@@ -70,6 +70,7 @@ _FIELD = type(collections.namedtuple("_Field", "x").x)  # type: ignore[attr-defi
 _CACHED = type(functools.lru_cache(lambda: None))
 _SLOT = (_FIELD, types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
 _BUILTIN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.ClassMethodDescriptorType)
+_LIBRARIES = (".so", ".pyd", ".dylib")
 _LARGEST_PACKAGE = 5_000  # source files
 
 
@@ -146,22 +147,24 @@ def _version(package: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _sources(package: str) -> tuple[str, ...]:
-    """Hashes of a package's source files, or of a lone module's; none where there is no file (a notebook)."""
+    """Hashes of a package's source files, or of a lone module's; none where there is no file (a notebook).
+
+    Of compiled libraries, size and time.
+    """
     module = sys.modules.get(package)
     file = getattr(module, "__file__", None)
-    if file is None:
-        folders = list(getattr(module, "__path__", ()))  # a namespace package
-        files = sorted(p for folder in folders for p in Path(folder).rglob("*.py"))
-    elif Path(file).name == "__init__.py":
-        files = sorted(Path(file).parent.rglob("*.py"))
-    else:
-        files = [Path(file)]
-    if len(files) > _LARGEST_PACKAGE:
-        raise _UnstableError(f"{package} has {len(files)} files")
+    folders = [Path(folder) for folder in getattr(module, "__path__", ())]
+    found = [p for folder in folders for p in folder.rglob("*")] if folders else [Path(file)] if file else []
+    sources = sorted(p for p in found if p.suffix == ".py")
+    libraries = sorted(p for p in found if p.suffix in _LIBRARIES)
+    if len(sources) > _LARGEST_PACKAGE:
+        raise _UnstableError(f"{package} has {len(sources)} files")
     try:
-        return tuple(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in files)
+        hashes = [f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in sources]
+        stats = [(p.name, p.stat()) for p in libraries]
     except OSError as error:
         raise _UnstableError(f"{package}: {error}") from error
+    return (*hashes, *(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats))
 
 
 class _Renderer:

@@ -56,7 +56,9 @@ def quantize(
     """Compile a trained equivariant potential to low-bit integer kernels, forces included.
 
     The model is captured, its irreps found, quantized, fused, differentiated, lowered and then
-    measured against the original before it is returned. The model itself is not modified.
+    measured against the original before it is returned. The model itself is not modified. Graphs
+    that were made before from the same model, examples and settings come from disk
+    (:mod:`.cache`); environment variable ``GAQ_CACHE_GRAPHS=0`` makes them anew.
 
     Args:
         model: a trained potential (SevenNet, So3krates/SO3LR, or any module built from e3nn), or

@@ -21,7 +21,7 @@ import gaq_compile.backends.tvm  # noqa: F401 - backends register themselves whe
 from .backends.base import Backend, make_backend
 from .backends.tvm.cuda.device import is_cuda
 from .backends.tvm.cuda.driver import gpu_architecture, require_gpu
-from .cache import Stages, cached_forces, fetch, key_of, store
+from .cache import Stages, arithmetic, cached_forces, fetch, key_of, store
 from .capture.fingerprint import tensor_bytes
 from .capture.graphs import CalibratedRange, calibrated_range
 from .config import AUTO, DEFAULT_SCHEME, QuantConfig, is_conservative, resolve
@@ -234,8 +234,8 @@ def _build(trace: _Trace, config: QuantConfig) -> _Built:
 
 
 def _build_key(subject: Subject, config: QuantConfig, linears: bool) -> str | None:
-    """The key of a configuration's graphs: of the captured graph, the configuration, and the bytes of all
-    calibration batches, if anything is rounded. None where bits are chosen by measuring.
+    """The key of a configuration's graphs: of the captured graph, the configuration, how torch computes, and
+    the bytes of all calibration batches, if anything is rounded. None where bits are chosen by measuring.
     """
     if subject.key is None or config.max_force_error is not None:
         return None
@@ -243,7 +243,7 @@ def _build_key(subject: Subject, config: QuantConfig, linears: bool) -> str | No
     if config != resolve("fp32"):
         for batch in subject.calibration_batches:
             parts += ["batch", *map(tensor_bytes, batch)]
-    return key_of(*parts)
+    return key_of(*parts, *arithmetic())
 
 
 def _check_kernels(trace: _Trace, built: _Built) -> None:

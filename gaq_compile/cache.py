@@ -14,11 +14,13 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
@@ -113,7 +115,8 @@ def fetch(key: str | None, needed: Sequence[str] = ()) -> Entry | None:
         graphs = Stages({n: _reader(stage, tensors) for n, stage in header["graphs"].items()})
         for name in needed:
             graphs[name]
-        path.touch()
+        with suppress(OSError):  # somebody else's folder
+            path.touch()
         return Entry(graphs, dict(header["facts"]))
     except (GaqError, *_DAMAGED) as error:
         what = error.what if isinstance(error, GaqError) else f"{type(error).__name__}: {error}"
@@ -138,16 +141,16 @@ def store(key: str | None, graphs: Mapping[str, GraphModule], facts: Mapping[str
         path = _path(key)
         write_file(path, MAGIC, header, shared.tensors)
         _forget(path.parent)
-    except OSError as error:
+    except (SafetensorError, *_DAMAGED) as error:
         warnings.warn(f"graphs cannot be kept for the next time: {error}", CacheWarning, stacklevel=3)
 
 
 def key_of(*parts: str | bytes) -> str:
-    """The key of what follows from these parts, this package, its surroundings and how torch computes."""
-    return combined(*parts, *surroundings(), *_arithmetic())
+    """The key of what follows from these parts, this package and its surroundings."""
+    return combined(*parts, *surroundings())
 
 
-def _arithmetic() -> tuple[str, ...]:
+def arithmetic() -> tuple[str, ...]:
     """What last bits of torch's results depend on; a cached number is the one that would be computed."""
     capability = torch.backends.cpu.get_cpu_capability()
     return (str(torch.get_num_threads()), torch.get_float32_matmul_precision(), capability)

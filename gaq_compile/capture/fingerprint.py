@@ -486,3 +486,6 @@ def _without_addresses(text: str) -> str:
     if " at 0x" in text:
         raise _UnstableError(text)
     return text
+
+
+_fixed_surroundings()  # now: files that are edited while a process runs are not what it has imported

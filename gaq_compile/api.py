@@ -21,6 +21,8 @@ import gaq_compile.backends.tvm  # noqa: F401 - backends register themselves whe
 from .backends.base import Backend, make_backend
 from .backends.tvm.cuda.device import is_cuda
 from .backends.tvm.cuda.driver import gpu_architecture, require_gpu
+from .cache import Stages, arithmetic, cached_forces, fetch, key_of, store
+from .capture.fingerprint import tensor_bytes
 from .capture.graphs import CalibratedRange, calibrated_range
 from .config import AUTO, DEFAULT_SCHEME, QuantConfig, is_conservative, resolve
 from .errors import AccuracyWarning, ConfigError
@@ -30,7 +32,7 @@ from .passes.choose_bits import choose_bits
 from .passes.graph_tools import attribute, gaq
 from .passes.lower import Placement, lower
 from .passes.observe import Observed
-from .passes.pipeline import group_rows, quantize_graph
+from .passes.pipeline import PREPARED, group_rows, quantize_graph
 from .potential import Potential
 from .subject import Subject, trace
 from .verify import checks
@@ -54,7 +56,9 @@ def quantize(
     """Compile a trained equivariant potential to low-bit integer kernels, forces included.
 
     The model is captured, its irreps found, quantized, fused, differentiated, lowered and then
-    measured against the original before it is returned. The model itself is not modified.
+    measured against the original before it is returned. The model itself is not modified. Graphs
+    that were made before from the same model, examples and settings come from disk
+    (:mod:`.cache`); environment variable ``GAQ_CACHE_GRAPHS=0`` makes them anew.
 
     Args:
         model: a trained potential (SevenNet, So3krates/SO3LR, or any module built from e3nn), or
@@ -100,7 +104,7 @@ def quantize(
     if measure and not runs_here:
         require_gpu()
     subject, stages = trace(model, example_graph)
-    prepared = stages["tag_irreps"]
+    prepared = stages[PREPARED]
     config.check_patterns(_names(prepared))
 
     traced = _Trace(prepared, subject, backends, strict, progress)
@@ -121,7 +125,7 @@ def quantize(
         **figures,
     )
     _warn_if_missed(report, config.max_force_error)
-    graphs = {**stages, **built.graphs}
+    graphs = stages | built.graphs
     calibrated, on_gpu = _calibrated(subject, built.config), is_cuda(report.target)
     return Potential(graphs, subject.form, built.config, report, calibrated, on_gpu)
 
@@ -201,25 +205,46 @@ class _Built:
 
     config: QuantConfig
     choice: dict[str, Any]
-    graphs: dict[str, GraphModule]
+    graphs: Stages
     placements: tuple[Placement, ...]
     potential: Potential
 
 
 def _build(trace: _Trace, config: QuantConfig) -> _Built:
-    subject = trace.subject
-    observed = subject.observe(trace.prepared, config, trace.progress)
-    config, choice = _chosen(trace, config, observed)
-    stages = quantize_graph(
-        trace.prepared, config, observed, subject.form, subject.example, subject.calibration_batches
-    )
-    takes = trace.backends[0]
-    grouped = group_rows(stages["fold_integers"], subject.form, takes.groups_linears, takes.groups_sums)
-    lowered, placements = lower(grouped, trace.backends, trace.strict, trace.progress)
-    graphs = {**stages, "group_rows": grouped, "lower": lowered}
+    subject, takes = trace.subject, trace.backends[0]
+    joined = (takes.groups_linears, takes.groups_sums)  # what groups of rows take in
+    key, choice = _build_key(subject, config, joined), dict[str, Any]()
+    entry = fetch(key, needed=["fold_integers", "group_rows"])
+    if entry is not None:
+        stages = entry.graphs
+    else:
+        observed = subject.observe(trace.prepared, config, trace.progress)
+        config, choice = _chosen(trace, config, observed)
+        made = quantize_graph(
+            trace.prepared, config, observed, subject.form, subject.example, subject.calibration_batches,
+            cached_forces,
+        )  # fmt: skip
+        made["group_rows"] = group_rows(made["fold_integers"], subject.form, *joined)
+        store(key, made, {})
+        stages = Stages(made)
+    lowered, placements = lower(stages["group_rows"], trace.backends, trace.strict, trace.progress)
+    graphs = stages | {"lower": lowered}
     blank = _blank_report(subject, config, trace.backends[0])
     potential = Potential(graphs, subject.form, config, blank, on_gpu=is_cuda(blank.target))
     return _Built(config, choice, graphs, placements, potential)
+
+
+def _build_key(subject: Subject, config: QuantConfig, joined: tuple[bool, bool]) -> str | None:
+    """The key of a configuration's graphs: of the captured graph, the configuration, how torch computes, and
+    the bytes of all calibration batches, if anything is rounded. None where bits are chosen by measuring.
+    """
+    if subject.key is None or config.max_force_error is not None:
+        return None
+    parts: list[str | bytes] = ["build", subject.key, config.to_json(), str(joined)]
+    if config != resolve("fp32"):
+        for batch in subject.calibration_batches:
+            parts += ["batch", *map(tensor_bytes, batch)]
+    return key_of(*parts, *arithmetic())
 
 
 def _check_kernels(trace: _Trace, built: _Built) -> None:

@@ -74,5 +74,9 @@ class CalibrationWarning(GaqWarning):
     """A structure with elements or surroundings that calibration has not seen."""
 
 
+class CacheWarning(GaqWarning):
+    """A file of the cache that cannot be used, or not be written; what it would hold is made again."""
+
+
 class AccuracyWarning(GaqWarning):
     """A result that misses the accuracy that was asked for."""

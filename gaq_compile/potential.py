@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from .backends.tvm.cuda.driver import require_gpu
 from .backends.tvm.runner import native
+from .cache import Stages
 from .capture.frames import own_frame
 from .capture.graphs import (
     CalibratedRange,
@@ -62,7 +63,7 @@ class Potential:
         calibrated: CalibratedRange | None = None,
         on_gpu: bool = False,
     ) -> None:
-        self.graphs, self.form, self.config, self.report = dict(graphs), form, config, report
+        self.graphs, self.form, self.config, self.report = Stages(graphs), form, config, report
         self.calibrated = calibrated
         self.framed = rounds_only_invariants(config)
         self.on_gpu = on_gpu

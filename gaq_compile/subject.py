@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,12 +11,15 @@ from functools import cached_property
 from typing import Any
 
 from ase import Atoms
+from ase.data import chemical_symbols
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from .cache import Stages, fetch, key_of, store
 from .capture import find_recipe
 from .capture.base import EnergyModel, Original
 from .capture.export import export_energy
+from .capture.fingerprint import fingerprint
 from .capture.generic import TensorModel
 from .capture.graphs import GraphFormat, Tensors, collate
 from .capture.limits import Limits
@@ -24,7 +28,7 @@ from .config import QuantConfig
 from .datasets import evenly_spaced
 from .errors import NoEdgesError
 from .passes.observe import Observed, observe
-from .passes.pipeline import prepare
+from .passes.pipeline import PREPARED, prepare
 from .potential import Potential
 from .verify.checks import Sides
 from .verify.energy_graphs import Comparison
@@ -37,11 +41,15 @@ MOST_ROUNDS = 30
 BATCH_ATOMS = 64
 ENOUGH_TO_CHOOSE = 128  # atoms
 MOST_TRIALS = 16  # structures
+TRACED_ATOMS = (8, 5)  # 13 atoms with 40 edges, 20 of either direction
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is compiled: a model, its original form, and structures to calibrate and test on."""
+    """What is compiled: a model, its original form, and structures to calibrate and test on.
+
+    ``key`` is that of the captured graph in :mod:`.cache`; None where it is not known what it follows from.
+    """
 
     name: str
     energy_model: EnergyModel
@@ -51,6 +59,7 @@ class Subject:
     example: list[Tensor]
     calibration: list[Atoms]
     rotates: bool = True
+    key: str | None = None
 
     @property
     def form(self) -> GraphFormat:
@@ -137,23 +146,41 @@ def _prediction(original: Original, atoms: Atoms) -> Prediction:
     return Prediction(raw.energy, raw.forces, stress, raw.energies)
 
 
-def trace(model: nn.Module | str, example_graph: Any) -> tuple[Subject, dict[str, GraphModule]]:
+def trace(model: nn.Module | str, example_graph: Any) -> tuple[Subject, Stages]:
     """What is compiled, and its float energy graph by stage; arguments as for :func:`.api.quantize`.
+
+    A model that has been captured before, with nothing changed since, is not captured again.
 
     Raises:
         StructureError, NoEdgesError, UnknownElementError: for structures that cannot be used.
         CaptureError: if the model cannot be captured; names the operator and the source line.
     """
     subject = _subject(model, example_graph)
+    subject = replace(subject, key=_key(subject))
+    entry = fetch(subject.key, needed=[PREPARED])
+    if entry is not None:
+        return subject.limited(Limits.from_dict(entry.facts["limits"])), entry.graphs
     exported = export_energy(subject.energy_model, subject.example)
-    return subject.limited(exported.limits), prepare(exported.graph)
+    stages = prepare(exported.graph)
+    store(subject.key, stages, {"limits": exported.limits.to_dict()})
+    return subject.limited(exported.limits), Stages(stages)
+
+
+def _key(subject: Subject) -> str | None:
+    """The key of everything that the captured graph follows from, or None if some of it has no hash."""
+    model = subject.energy_model
+    found = fingerprint(model.module, dict(zip(model.form.inputs, subject.example, strict=True)))
+    if found is None:
+        return None
+    return key_of("capture", found, json.dumps(model.form.to_dict()), str(tuple(model.export_modes)))
 
 
 def _subject(model: nn.Module | str, example_graph: Any) -> Subject:
+    ours = isinstance(model, str)
     name, model = (model, load_model(model)) if isinstance(model, str) else (type(model).__name__, model)
     if _are_structures(example_graph):
         structures = [example_graph] if isinstance(example_graph, Atoms) else list(example_graph)
-        return _structure_subject(name, model, structures)
+        return _structure_subject(name, model, structures, ours)
     captured = TensorModel(model, example_graph)
     structures = captured.structures()
     example = [captured.tensors[n] for n in captured.form.inputs]
@@ -169,15 +196,15 @@ def _are_structures(example: Any) -> bool:
     return isinstance(example, list | tuple) and all(isinstance(item, Atoms) for item in example)
 
 
-def _structure_subject(name: str, model: nn.Module, structures: list[Atoms]) -> Subject:
+def _structure_subject(name: str, model: nn.Module, structures: list[Atoms], ours: bool) -> Subject:
     recipe = find_recipe(model)
     energy_model = recipe.energy_model(model)
     form = energy_model.form
     _check_edges(structures, form)
-    example = collate([structures[0], *_tracing_partner(structures)], form)
+    example = collate(_traced_structures(structures[0], form), form)
     calibration = _rattled_too(structures)
     return Subject(
-        name, energy_model, recipe.original(model), structures, lambda s: collate(s, form),
+        name, energy_model, recipe.original(model, ours), structures, lambda s: collate(s, form),
         [example[n] for n in form.inputs], calibration,
     )  # fmt: skip
 
@@ -191,13 +218,15 @@ def _check_edges(structures: Sequence[Atoms], form: GraphFormat) -> None:
         )
 
 
-def _tracing_partner(structures: Sequence[Atoms]) -> list[Atoms]:
-    """A second graph of another size: sizes of 0 and 1, and equal sizes, would be baked in."""
-    first = structures[0]
-    symbol = first.get_chemical_symbols()[0]
-    triple = Atoms([symbol] * 3, positions=[[0, 0, 0], [1.5, 0, 0], [0, 1.6, 0.2]])
-    triple.info.update({k: v for k, v in first.info.items() if k in ("charge", "spin")})
-    return [triple]
+def _traced_structures(structure: Atoms, form: GraphFormat) -> list[Atoms]:
+    """What a graph is traced on, whatever it is made for: it follows from the model alone.
+
+    Two chains of different length, since sizes of 0 and 1, and equal sizes, would be baked in. Atoms are
+    neighbours of the next two on either side within the cutoff, and of more within a longer one.
+    """
+    symbol = chemical_symbols[form.elements[0]] if form.elements else structure.get_chemical_symbols()[0]
+    step = 0.45 * form.cutoff
+    return [Atoms([symbol] * n, positions=[[step * k, 0.0, 0.0] for k in range(n)]) for n in TRACED_ATOMS]
 
 
 def _rattled_too(structures: Sequence[Atoms]) -> list[Atoms]:

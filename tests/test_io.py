@@ -24,7 +24,8 @@ from gaq_compile.backends.base import make_backend
 from gaq_compile.capture.graphs import GraphFormat, collate
 from gaq_compile.config import resolve
 from gaq_compile.errors import FileFormatError, GaqError
-from gaq_compile.io import MAGIC, _checksum, read
+from gaq_compile.io import MAGIC, read
+from gaq_compile.ir.serial import checksum
 from gaq_compile.passes.calibrate import quantization_sites
 from gaq_compile.passes.derive_forces import derive_forces
 from gaq_compile.passes.fold_integers import fold_integers
@@ -108,7 +109,7 @@ def _rewritten(path: Path, change, sealed: bool = True) -> Path:
     written = header["checksum"]
     header = change(header) or header
     if sealed and isinstance(header, dict) and header.get("checksum") == written:
-        header["checksum"] = _checksum(tensors, header)
+        header["checksum"] = checksum(tensors, header)
     save_file(tensors, path, metadata={MAGIC: header if isinstance(header, str) else json.dumps(header)})
     return path
 
@@ -156,7 +157,7 @@ def test_a_failed_save_leaves_the_old_file(potential, saved, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("gaq_compile.io.save_file", fail)
+    monkeypatch.setattr("gaq_compile.ir.serial.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         potential.save(saved)
     assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
@@ -448,7 +449,7 @@ def test_names_of_weights_do_not_become_code(saved, flag):
     node = next(n for n in header["nodes"] if n["op"] == "get_attr")
     tensors[name] = tensors.pop(node["target"])
     node["target"] = name
-    header["checksum"] = _checksum(tensors, header)
+    header["checksum"] = checksum(tensors, header)
     save_file(tensors, saved, metadata={MAGIC: json.dumps(header)})
     with suppress(GaqError, TypeError, RuntimeError, AttributeError):
         load(saved, backend="reference")(ETHANOL)

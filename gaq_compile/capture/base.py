@@ -61,5 +61,5 @@ class Recipe(Protocol):
     def energy_model(self, model: nn.Module) -> EnergyModel:
         """A swapped copy of ``model`` over the tensors of its ``GraphFormat``."""
 
-    def original(self, model: nn.Module) -> Original:
-        """The unchanged model, for comparison."""
+    def original(self, model: nn.Module, ours: bool = False) -> Original:
+        """The unchanged model, for comparison; a copy of it, unless it is ``ours`` alone."""

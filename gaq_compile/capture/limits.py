@@ -136,8 +136,10 @@ def limits_of(
     )
 
 
-def fixed_size(size: int | torch.SymInt) -> int | None:
-    """The number that a traced size stands for, or None if it is free."""
+def fixed_size(size: int | str | torch.SymInt) -> int | None:
+    """The number that a traced size (or its symbol's name) stands for, or None if it is free."""
+    if isinstance(size, str):
+        return None
     return size if isinstance(size, int) else size.node.maybe_as_int()
 
 

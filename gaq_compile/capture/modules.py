@@ -265,6 +265,31 @@ CONVERTERS: dict[type[Any], Converter] = {
 }
 
 
+def swap_first(model: nn.Module) -> nn.Module:
+    """What :func:`swap` gives, without copying first what is then replaced: e3nn's modules write and compile
+    code when they are copied.
+
+    For models that know their e3nn modules as submodules only: any other reference to one finds its
+    replacement, too.
+    """
+    memo: dict[int, Any] = {}
+    _convert_children(model, "", memo)
+    return copy.deepcopy(model, memo).eval()
+
+
+def _convert_children(parent: nn.Module, prefix: str, done: dict[int, Any]) -> None:
+    for name, child in parent._modules.items():
+        if child is None or id(child) in done:
+            continue
+        label = f"{prefix}.{name}" if prefix else name
+        converter = CONVERTERS.get(type(child))
+        replacement = converter(child, label) if converter and not _is_customised(child) else None
+        if replacement is None:
+            _convert_children(child, label, done)
+        else:
+            done[id(child)] = replacement
+
+
 def swap(model: nn.Module, converters: dict[type[Any], Converter] | None = None) -> nn.Module:
     """A copy of ``model`` with every understood module replaced; the original is untouched."""
     model = copy.deepcopy(model).eval()

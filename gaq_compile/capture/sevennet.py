@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .base import EnergyModel, RawPrediction
 from .graphs import GraphFormat
-from .modules import swap
+from .modules import swap_first
 
 _BEHIND_THE_ENERGY = ("AtomReduce", "ForceOutput", "ForceStressOutput", "ForceStressOutputFromEdge")
 
@@ -31,7 +31,7 @@ class SevenNetRecipe:
 
     def energy_model(self, model: nn.Module) -> EnergyModel:
         """The layers up to the atomic energies, with e3nn modules swapped."""
-        swapped = swap(model)
+        swapped = swap_first(model)
         type_map: dict[int, int] = dict(model.type_map)  # type: ignore[arg-type]
         module = _SevenNetEnergy(swapped, type_map)
         form = GraphFormat(
@@ -41,22 +41,20 @@ class SevenNetRecipe:
         )
         return EnergyModel(module, form, "SevenNet", (True,))
 
-    def original(self, model: nn.Module) -> SevenNetOriginal:
+    def original(self, model: nn.Module, ours: bool = False) -> SevenNetOriginal:
         """The model as its own package runs it."""
-        return SevenNetOriginal(model)
+        return SevenNetOriginal(model if ours else copy.deepcopy(model))
 
 
 class SevenNetOriginal:
-    """The user's model on structures, through SevenNet's own code (a copy; the model is untouched)."""
+    """A model on structures, through SevenNet's own code, which may change what it is given."""
 
     def __init__(self, model: nn.Module) -> None:
         from sevenn.calculator import SevenNetCalculator
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._calculator = SevenNetCalculator(
-                copy.deepcopy(model), file_type="model_instance", device="cpu"
-            )
+            self._calculator = SevenNetCalculator(model, file_type="model_instance", device="cpu")
 
     def change(self, wrap: Callable[[nn.Module], Any]) -> None:
         """Run what ``wrap`` makes of the model, e.g. ``torch.compile``, in its place."""

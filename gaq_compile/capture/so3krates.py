@@ -67,7 +67,7 @@ class So3kratesRecipe:
         )
         return EnergyModel(_So3kratesEnergy(swapped, num_elements), form, "So3krates", (False,))
 
-    def original(self, model: nn.Module) -> So3kratesOriginal:
+    def original(self, model: nn.Module, ours: bool = False) -> So3kratesOriginal:
         """The model as its own package runs it."""
         return So3kratesOriginal(model)
 

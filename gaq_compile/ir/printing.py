@@ -22,6 +22,8 @@ import torch
 from e3nn.o3 import Irreps
 from torch.fx import GraphModule, Node
 
+from .traced import TracedTensor
+
 _WIDTH = 96  # column after which a comment follows its line unaligned
 _LONGEST_TEXT = 72
 _LONG_NUMBER = re.compile(r"\d+\.\d{6,}")
@@ -122,7 +124,7 @@ def is_inline(node: Node) -> bool:
 def is_tensor(node: Node) -> bool:
     """Whether a node makes tensors, as far as its ``meta["val"]`` tells (True where it does not)."""
     value = node.meta.get("val")
-    return value is None or isinstance(value, (torch.Tensor, list, tuple))
+    return value is None or isinstance(value, (torch.Tensor, TracedTensor, list, tuple))
 
 
 def format_call(node: Node) -> str:
@@ -211,7 +213,7 @@ def _sorted(irreps: str) -> str:
 
 def format_value(value: Any) -> str:
     """``f32[s0, 128]`` for a tensor (symbolic sizes by name), a list for several; else ""."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (torch.Tensor, TracedTensor)):
         shape = ", ".join(str(size) for size in value.shape)
         return f"{_DTYPES.get(value.dtype, str(value.dtype).removeprefix('torch.'))}[{shape}]"
     if isinstance(value, (list, tuple)):

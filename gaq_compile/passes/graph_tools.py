@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from ..ir.traced import TracedTensor
+
 aten = torch.ops.aten
 gaq = torch.ops.gaq
 
@@ -78,7 +80,7 @@ def rows_index(scatter: Node) -> Node | None:
 
 def _dimensions(node: object) -> int | None:
     value = node.meta.get("val") if isinstance(node, Node) else None
-    return value.dim() if isinstance(value, Tensor) else None
+    return value.dim() if isinstance(value, Tensor | TracedTensor) else None
 
 
 def attribute(graph_module: nn.Module, node: Node) -> Tensor:

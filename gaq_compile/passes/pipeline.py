@@ -23,7 +23,9 @@ from .simplify import simplify
 from .tag_irreps import tag_irreps
 
 Pass = Callable[[GraphModule], GraphModule]
+Derivation = Callable[[GraphModule, GraphFormat, Sequence[Tensor]], GraphModule]
 
+PREPARED = "tag_irreps"  # the last stage of :func:`prepare`
 # On the captured energy graph, before anything is quantized.
 ENERGY_PASSES: tuple[Pass, ...] = (simplify, cancel_relayouts, fuse_tensor_products, simplify, tag_irreps)
 
@@ -39,6 +41,11 @@ def prepare(captured: GraphModule) -> dict[str, GraphModule]:
     return stages
 
 
+def forces_of(quantized: GraphModule, form: GraphFormat, example: Sequence[Tensor]) -> GraphModule:
+    """An energy graph -> energy and forces, simplified and tagged; arguments as :func:`derive_forces`."""
+    return tag_irreps(simplify(derive_forces(quantized, form, example), differentiated=True))
+
+
 def quantize_graph(
     prepared: GraphModule,
     config: QuantConfig,
@@ -46,6 +53,7 @@ def quantize_graph(
     form: GraphFormat,
     example: Sequence[Tensor],
     calibration: Sequence[Sequence[Tensor]],
+    derive: Derivation | None = None,
 ) -> dict[str, GraphModule]:
     """A prepared energy graph -> integer energy and forces, ready to be lowered.
 
@@ -56,14 +64,16 @@ def quantize_graph(
         form: the graph's inputs.
         example: inputs of a batch of at least two graphs, for tracing forces.
         calibration: input batches, whose mean energies are kept.
+        derive: gives what :func:`forces_of` gives, which is the default, in another way.
     """
+    derive = derive or forces_of
     activations = observed.activations(config.max_wide_share)
     weights = round_weights(prepared, config, observed.costs, activations)
     quantized = insert_mddq(prepared, config, activations, weights)
     if weights or activations:
         quantized = shift_energies(quantized, prepared, form, calibration)
     quantized = tag_irreps(quantized)
-    forces = tag_irreps(simplify(derive_forces(quantized, form, example), differentiated=True))
+    forces = derive(quantized, form, example)
     folded = tag_irreps(fold_integers(forces))
     return {"insert_mddq": quantized, "derive_forces": forces, "fold_integers": folded}
 

@@ -38,9 +38,9 @@ from .ir.serial import (
     write_file,
 )
 from .operators import registration as _registration  # noqa: F401 - registers the operators that graphs name
-from .passes.fuse_rows import FusedRows
 from .passes.graph_tools import attribute
 from .passes.pipeline import forces_of
+from .passes.row_groups import FusedRows
 from .passes.row_shapes import RowShape
 
 MAGIC = "gaq_compile graphs"

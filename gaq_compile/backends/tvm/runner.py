@@ -27,7 +27,7 @@ from .call_table import CallTable, number
 from .launch import MAX_ELEMENTS, Choice, Input, Launch, Output, count
 
 _ATOMS = ("numbers", "batch", "ptr", "charge", "spin")  # inputs that stay the same in dynamics
-_SPARE = 16  # places are planned for a sixteenth more rows than there are
+_SPARE = 64  # places are planned for a sixty-fourth more rows than there are
 _SHRUNK = 8  # ... and anew where a large arena could be so many times smaller
 
 

@@ -20,6 +20,8 @@ from ..ir.layout import blocks, simplified
 from .graph_tools import add_buffer, aten, attribute, calls, gaq
 from .row_shapes import RowShape
 
+_ROUNDINGS = 8  # floats that two roundings may lie apart, and more
+
 
 def straight_through(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
     """Write out the gradients of scalars' rounding, in place; those of vectors need their norms and stay.
@@ -51,10 +53,9 @@ def straight_through(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
 
 
 def _bound(scale: Tensor, qmax: int) -> Tensor:
-    """The least x with ``x / scale > qmax`` in float32, where divisions round."""
+    """The least x with ``x / scale > qmax`` in float32: ``scale * qmax`` rounds, and so does the quotient."""
     bound = scale * qmax
-    while bool((low := bound / scale > qmax).any()):
-        bound = torch.where(low, torch.nextafter(bound, torch.zeros_like(bound)), bound)
-    while bool((high := bound / scale <= qmax).any()):
-        bound = torch.where(high, torch.nextafter(bound, torch.full_like(bound, torch.inf)), bound)
+    for _ in range(_ROUNDINGS):
+        inside = bound / scale <= qmax
+        bound = torch.where(inside, torch.nextafter(bound, torch.full_like(bound, torch.inf)), bound)
     return bound

@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 pytest.importorskip("tvm")
 
 from gaq_compile.backends.tvm import launch
-from gaq_compile.backends.tvm.build import host_target
+from gaq_compile.backends.tvm.build import compile_kernel, host_target
 from gaq_compile.backends.tvm.row_kernel import SERIAL_WORK
 from gaq_compile.backends.tvm.rows_kernel import lower_rows, rows_source
 from gaq_compile.backends.tvm.rows_plan import make_plan
@@ -257,13 +257,31 @@ def test_each_edge_is_added_once_to_its_own_atom() -> None:
         assert mine == set(torch.nonzero(inputs[0] == atom).flatten().tolist())
 
 
+@pytest.mark.parametrize("row", [(3,), (24,)])
+def test_atoms_can_be_done_in_any_order(row: tuple[int, ...]) -> None:
+    """As threads do them: from the last to the first, none adds to what another one has begun."""
+    g = _Group()
+    plan = make_plan(g.fused(g.sum(g.argument(*row))), host_target())
+    text = rows_source(plan)
+    (blocks, owned) = re.findall(r"b in T.parallel\((.*) // (\d+)\):", text)[0]
+    backwards = text.replace("low: T.let = b *", f"low: T.let = ({blocks} // {owned} - 1 - b) *")
+    assert backwards.count("- 1 - b) *") == 1
+    index, other, order, starts, atoms, values = g.inputs(MANY, 41)
+    expected = torch.zeros(atoms, *row).index_add_(0, index, values)
+    for source in (text, backwards):
+        out = torch.empty(atoms, *row)
+        kernel = compile_kernel(source, host_target())
+        kernel(index, other, order, starts, values, out)
+        assert torch.allclose(out, expected, rtol=1e-5, atol=1e-4)
+
+
 _IN_THREADS = """
 import sys, torch
 sys.path.insert(0, {here!r})
 from test_tvm_owned_rows import _Group, aten, host_target, lower_rows
 torch.set_num_threads({threads})
 g = _Group()
-x, y = g.table(24), g.argument(3)
+x, y = g.table(128), g.argument(3)
 far = g(aten.index.Tensor, x, [g.other])
 results = [g.sum(g(aten.mul.Tensor, far, g(aten.sum.dim_IntList, y, [1], True))), g.sum(y)]
 run = lower_rows(g.fused(*results), host_target())[0]

@@ -200,16 +200,16 @@ def test_convolutions_run_the_stored_schedule() -> None:
 def test_the_search_finds_what_a_rule_hides_and_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = fake_timings(monkeypatch)
     key = linear_key(512)
-    first = tune_search.search(key, 20, nobody, quiet)
+    first = tune_search.search(key, 20, 2, nobody, quiet)
     assert (first.tried, first.fresh, first.failed) == (20, 20, 0)
     assert len(set(asked[:20])) == 20
-    every = sorted(hidden(FAMILIES["linear"].schedule(key, c)) for c in choices(key))
+    every = sorted(hidden(FAMILIES["linear"].schedule(key, c)) for c in choices(key, 2))
     assert first.changed and first.seconds <= every[len(every) // 10]
-    again = tune_search.search(key, 20, no_workers, quiet)
+    again = tune_search.search(key, 20, 2, no_workers, quiet)
     assert again == replace(first, fresh=0)
-    more = tune_search.search(key, 29, nobody, quiet)
+    more = tune_search.search(key, 29, 2, nobody, quiet)
     assert (more.tried, more.fresh) == (29, 9)
-    assert tune_search.search(key, 29, no_workers, quiet).fresh == 0
+    assert tune_search.search(key, 29, 2, no_workers, quiet).fresh == 0
 
 
 def test_a_search_killed_midway_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,15 +223,15 @@ def test_a_search_killed_midway_loses_nothing(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(tune_search, "_time", killed)
     with pytest.raises(KeyboardInterrupt):
-        tune_search.search(linear_key(512), 20, nobody, quiet)
+        tune_search.search(linear_key(512), 20, 2, nobody, quiet)
     monkeypatch.setattr(tune_search, "_time", rule)
-    assert tune_search.search(linear_key(512), 20, nobody, quiet).fresh == 9
+    assert tune_search.search(linear_key(512), 20, 2, nobody, quiet).fresh == 9
 
 
 def test_a_default_is_kept_unless_it_is_beaten_by_more_than_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_timings(monkeypatch)
     monkeypatch.setattr(tune_search, "_time", lambda *_: Timing(0.98, 1.0, 1.0, 0.98))
-    outcome = tune_search.search(linear_key(), 8, nobody, quiet)
+    outcome = tune_search.search(linear_key(), 8, 2, nobody, quiet)
     assert not outcome.changed and outcome.speedup == 1.0
     assert lower_linear(*lowered()).tuned == ()
 
@@ -239,9 +239,9 @@ def test_a_default_is_kept_unless_it_is_beaten_by_more_than_noise(monkeypatch: p
 def test_failures_are_stored_and_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_timings(monkeypatch)
     monkeypatch.setattr(tune_search, "_time", lambda *_: Timing(error="took its process down"))
-    outcome = tune_search.search(linear_key(), 8, nobody, quiet)
+    outcome = tune_search.search(linear_key(), 8, 2, nobody, quiet)
     assert (outcome.failed, outcome.changed) == (8, False)
-    assert tune_search.search(linear_key(), 8, no_workers, quiet).failed == 8
+    assert tune_search.search(linear_key(), 8, 2, no_workers, quiet).failed == 8
 
 
 def test_a_budget_is_granted_from_the_top() -> None:
@@ -255,12 +255,12 @@ def test_a_budget_is_granted_from_the_top() -> None:
 def test_every_choice_makes_a_schedule_that_the_database_can_hold(family: str) -> None:
     problem = problem_text(asdict(PROBLEM) if family == "linear" else {"spec": CONV})
     key = KernelKey(family, problem, 512, host_target())
-    default = candidate(key, FAMILIES[family].default(key))
-    for choice in choices(key)[::29]:
+    default = candidate(key, FAMILIES[family].default(key), 2)
+    for choice in choices(key, 2)[::29]:
         schedule = FAMILIES[family].schedule(key, choice)
         assert json.loads(json.dumps(schedule)) == schedule
-        assert candidate(key, schedule).source
-    assert candidate(key, json.loads(json.dumps(default.schedule))) == default
+        assert candidate(key, schedule, 2).source
+    assert candidate(key, json.loads(json.dumps(default.schedule)), 2) == default
 
 
 # Real workers -----------------------------------------------------------------------------------
@@ -274,8 +274,8 @@ def workers() -> Iterator[Workers]:
 
 def test_workers_measure_refuse_and_survive(workers: Workers, tmp_path: Path) -> None:
     key = linear_key()
-    default = candidate(key, FAMILIES["linear"].default(key))
-    faster = candidate(key, asdict(DenseSchedule((4,), 16)) | {"rows": [4]})
+    default = candidate(key, FAMILIES["linear"].default(key), database.threads())
+    faster = candidate(key, asdict(DenseSchedule((4,), 16)) | {"rows": [4]}, database.threads())
     wrong = replace(default, source=default.source.replace("nearbyint", "floor"))
     broken = replace(default, source=default.source.replace("T.max(", "T.nothing("))
     assert wrong.source != default.source != broken.source
@@ -299,8 +299,9 @@ def test_tuning_end_to_end_and_a_second_run_measures_nothing(workers: Workers) -
     console = Console(record=True, width=150)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (first,) = tune.tune_tasks([task], 2, console)
-        (second,) = tune.tune_tasks([task], 2, console)
+        with tune._machines(None) as here:
+            (first,) = tune.tune_tasks([task], 2, console, *here)
+            (second,) = tune.tune_tasks([task], 2, console, *here)
     assert (first.fresh, second.fresh) == (2, 0)
     assert second == replace(first, fresh=0)
     assert "nothing was measured anew: all 2" in console.export_text()

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ FORMAT = 1
 BUCKETS = (64, 512, 6048)
 """Rows (atoms, or edges) at which kernels are tuned: a small, a middle and a large structure."""
 
+_APPENDING = threading.Lock()  # several machines' measurements may arrive at once
 _FIGURES = ("seconds", "default_seconds", "wins", "floor")
 
 Record = dict[str, Any]
@@ -102,7 +104,7 @@ def append(target: str, record: Record) -> None:
     path = database_path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record, sort_keys=True) + "\n"
-    with path.open("ab+") as file:
+    with _APPENDING, path.open("ab+") as file:
         if file.tell():  # a line that was cut off must not swallow this one
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else "\n" + line

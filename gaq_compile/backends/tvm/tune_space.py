@@ -23,7 +23,7 @@ from .build import kernel_key
 from .conv import backward_source, forward_source
 from .conv_schedule import ConvSchedule, conv_schedule_from
 from .conv_terms import conv_problem
-from .database import KernelKey, threads
+from .database import KernelKey
 from .dense_kernel import dense_text
 from .dense_plan import DensePlan, DenseSchedule, LinearProblem, default_schedule, make_plan
 from .emit import vector_lanes
@@ -48,8 +48,8 @@ class Candidate:
 class Family(Protocol):
     """A kind of kernel that can be tuned."""
 
-    def options(self, key: KernelKey) -> dict[str, tuple[Any, ...]]:
-        """The values that each constant may take."""
+    def options(self, key: KernelKey, threads: int) -> dict[str, tuple[Any, ...]]:
+        """The values that each constant may take, on a machine with so many threads."""
 
     def default(self, key: KernelKey) -> dict[str, Any]:
         """The fields of the schedule that runs when nothing is stored."""
@@ -57,10 +57,12 @@ class Family(Protocol):
     def schedule(self, key: KernelKey, choice: Choice) -> dict[str, Any]:
         """The fields of the schedule that a choice stands for."""
 
-    def text(self, key: KernelKey, schedule: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
+    def text(self, key: KernelKey, schedule: dict[str, Any], threads: int) -> tuple[str, tuple[Any, ...]]:
         """The kernel's text, and how it is launched."""
 
-    def example(self, key: KernelKey, schedule: dict[str, Any], kernel: Callable[..., None]) -> Call:
+    def example(
+        self, key: KernelKey, schedule: dict[str, Any], threads: int, kernel: Callable[..., None]
+    ) -> Call:
         """A call of the compiled text on the key's seeded example; it returns the kernel's outputs."""
 
     def work(self, problem: str) -> int:
@@ -68,9 +70,13 @@ class Family(Protocol):
 
 
 class LinearFamily:
-    """Linear maps: register tile, rows of a task, order of the loops, serial or parallel."""
+    """Linear maps: register tile, rows of a task, order of the loops, and serial or parallel.
 
-    def options(self, key: KernelKey) -> dict[str, tuple[Any, ...]]:
+    The last only where there are threads to choose between: what one thread finds says nothing about
+    the threshold, and its choices serve machines with more.
+    """
+
+    def options(self, key: KernelKey, threads: int) -> dict[str, tuple[Any, ...]]:
         """Tiles that the registers hold, and the loop order and threshold only where they matter."""
         unit = vector_unit(key.target)
         default = default_schedule(unit)
@@ -81,7 +87,7 @@ class LinearFamily:
                 if vectors * (height + 1) + 1 <= unit.registers and vectors * height >= unit.registers // 4:
                     tiles.append((*default.rows[: vectors - 1], height))
         work = key.rows * plan.work_per_row
-        near = default.serial_work // _FLIP <= work <= default.serial_work * _FLIP
+        near = default.serial_work // _FLIP <= work <= default.serial_work * _FLIP and threads > 1
         vectors = any(b.components > 1 for b in blocks(problem.irreps_out))
         return {
             "rows": tuple(tiles),
@@ -103,19 +109,21 @@ class LinearFamily:
         made = DenseSchedule(choice["rows"], choice["task_rows"], threshold, choice["components_first"])
         return _fields(made)
 
-    def text(self, key: KernelKey, schedule: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
+    def text(self, key: KernelKey, schedule: dict[str, Any], threads: int) -> tuple[str, tuple[Any, ...]]:
         """The kernel's text, and whether it runs in parallel with rows of a task."""
         plan = _plan(key, schedule_from(schedule))
-        parallel, task = launch(plan, key.rows, threads())
+        parallel, task = launch(plan, key.rows, threads)
         return dense_text(plan, parallel), (parallel, task)
 
-    def example(self, key: KernelKey, schedule: dict[str, Any], kernel: Callable[..., None]) -> Call:
+    def example(
+        self, key: KernelKey, schedule: dict[str, Any], threads: int, kernel: Callable[..., None]
+    ) -> Call:
         """A call on seeded rows, with the weights and steps as the kernel packs them."""
         problem = _problem(key)
         x, tensors = _linear_tensors(problem, key.rows)
         lowered = lower_linear(problem, *tensors, key.target, schedule_from(schedule))
         y = torch.empty(key.rows, dim(problem.irreps_out))
-        _, task = launch(lowered.plan, key.rows, threads())
+        _, task = launch(lowered.plan, key.rows, threads)
 
         def call() -> Sequence[Tensor]:
             kernel(x, y, *lowered.constants, task)
@@ -139,7 +147,7 @@ class ConvFamily:
     def __init__(self, backward: bool) -> None:
         self.backward = backward
 
-    def options(self, key: KernelKey) -> dict[str, tuple[Any, ...]]:
+    def options(self, key: KernelKey, threads: int) -> dict[str, tuple[Any, ...]]:
         """Edges of a chunk, registers of sums (forward only), and where to prefetch to."""
         lanes = vector_lanes(key.target)
         sums = (8, 10, 12) if lanes == 8 else (8, 12, 16, 20, 24, 28)
@@ -157,13 +165,15 @@ class ConvFamily:
         """A choice has the schedule's own fields."""
         return asdict(ConvSchedule(**choice))
 
-    def text(self, key: KernelKey, schedule: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
+    def text(self, key: KernelKey, schedule: dict[str, Any], threads: int) -> tuple[str, tuple[Any, ...]]:
         """The kernel's text; it needs nothing else to be launched."""
         source = backward_source if self.backward else forward_source
         spec = str(json.loads(key.problem)["spec"])
         return source(spec, vector_lanes(key.target), conv_schedule_from(schedule)), ()
 
-    def example(self, key: KernelKey, schedule: dict[str, Any], kernel: Callable[..., None]) -> Call:
+    def example(
+        self, key: KernelKey, schedule: dict[str, Any], threads: int, kernel: Callable[..., None]
+    ) -> Call:
         """A call on seeded features of a regular graph; gradients if backward."""
         spec = tensor_product_spec(str(json.loads(key.problem)["spec"]))
         edges, nodes = _graph(key.rows)
@@ -198,16 +208,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def candidate(key: KernelKey, schedule: dict[str, Any]) -> Candidate:
-    """A schedule with the text and the hash of the code that it leads to."""
-    source, launched = FAMILIES[key.family].text(key, schedule)
+def candidate(key: KernelKey, schedule: dict[str, Any], threads: int) -> Candidate:
+    """A schedule with the text and the hash of the code that it leads to on so many threads."""
+    source, launched = FAMILIES[key.family].text(key, schedule, threads)
     identity = f"{kernel_key(source, key.target)} {launched}"
     return Candidate(schedule, source, hashlib.sha256(identity.encode()).hexdigest()[:16])
 
 
-def choices(key: KernelKey) -> list[Choice]:
+def choices(key: KernelKey, threads: int) -> list[Choice]:
     """Every combination of a kernel's options."""
-    options = FAMILIES[key.family].options(key)
+    options = FAMILIES[key.family].options(key, threads)
     return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
 
 

@@ -39,6 +39,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from ..api import load
 from ..backends.tvm.build import host_target, import_tvm
 from ..backends.tvm.database import KernelKey, bucket, database_path, problem_text, threads
+from ..backends.tvm.launch import Launch
 from ..backends.tvm.linear import LinearKernel
 from ..backends.tvm.tune_measure import Workers
 from ..backends.tvm.tune_remote import Machines, RemoteWorkers, Tracker
@@ -116,7 +117,7 @@ def tune_potential(
     Args:
         potential: what ``quantize`` or ``load`` returned.
         trials: candidates to measure at most, over all kernels.
-        families: which kinds of kernels: "linear", "conv", "conv_backward".
+        families: which kinds of kernels (``tune_space.FAMILIES``).
         console: where to print; by default stdout.
         tracker: whose machines to tune for; by default this one.
 
@@ -127,7 +128,7 @@ def tune_potential(
     if unknown:
         raise ConfigError(f"unknown kernels {', '.join(unknown)}", fix=f"use {', '.join(FAMILIES)}")
     console = console or Console()
-    with _machines(tracker) as (machines, workers):
+    with measured_on(tracker) as (machines, workers):
         tasks = [t for t in kernel_tasks(potential, machines.target) if t.key.family in families]
         outcomes = tune_tasks(tasks, trials, console, machines, workers)
         console.print(f"database: {database_path(machines.target)}", soft_wrap=True)
@@ -303,7 +304,7 @@ GetWorkers = Callable[[], Workers]
 
 
 @contextmanager
-def _machines(tracker: Tracker | None) -> Iterator[tuple[Machines, list[GetWorkers]]]:
+def measured_on(tracker: Tracker | None) -> Iterator[tuple[Machines, list[GetWorkers]]]:
     """What is measured on, and workers for each machine."""
     import_tvm()  # sets the threads of this machine's pool
     with ExitStack() as stack:
@@ -332,18 +333,26 @@ def _once(stack: ExitStack, make: GetWorkers) -> GetWorkers:
 
 
 class _Rows(Interpreter):
-    """Runs a lowered graph and notes the rows that each linear kernel gets."""
+    """Runs a lowered graph and notes the rows that each kernel gets which is tuned by rows."""
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)
-        self.found: list[tuple[LinearKernel, int, str]] = []
+        self.found: list[tuple[str, str, int, str]] = []
 
     def run_node(self, n: Node) -> Any:
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        if isinstance(module, KernelCall) and isinstance(module.run, LinearKernel):
+        known = _known(module.run) if isinstance(module, KernelCall) else ()
+        if known:
             (x, *_), _ = self.fetch_args_kwargs_from_env(n)
-            self.found.append((module.run, int(x.shape[0]), str(n.meta.get("label", n.name))))
+            self.found.append((*known, int(x.shape[0]), str(n.meta.get("label", n.name))))
         return super().run_node(n)
+
+
+def _known(kernel: object) -> tuple[str, str] | tuple[()]:
+    """Family and problem by which the database knows a kernel that is called with rows first."""
+    if isinstance(kernel, LinearKernel):
+        return "linear", problem_text(asdict(kernel.plan.problem))
+    return kernel.tuning if isinstance(kernel, Launch) else ()
 
 
 def _kernels(potential: Potential) -> Iterator[tuple[str, str, str, str]]:
@@ -351,10 +360,9 @@ def _kernels(potential: Potential) -> Iterator[tuple[str, str, str, str]]:
     tensors = _probe(potential)
     runner = _Rows(potential.graphs["lower"])
     runner.run(*(tensors[name] for name in potential.form.inputs))
-    for kernel, rows, label in runner.found:
+    for family, problem, rows, label in runner.found:
         if rows != 1:  # the graph's own sums are no work
-            kind = _PROBED.get(rows, "edges")
-            yield "linear", problem_text(asdict(kernel.plan.problem)), kind, label
+            yield family, problem, _PROBED.get(rows, "edges"), label
     for node in potential.graphs["fold_integers"].graph.nodes:
         if node.target in _CONVOLUTIONS:
             problem = problem_text({"spec": str(node.args[-2])})

@@ -161,7 +161,7 @@ def test_a_machine_measures_and_refuses(served: Tracker) -> None:
 
 def test_what_machines_find_is_stored_for_them_and_not_measured_twice(served: Tracker) -> None:
     shown = console()
-    with tune._machines(served) as (machines, workers):
+    with tune.measured_on(served) as (machines, workers):
         (first,) = tune.tune_tasks([task(machines.target)], 2, shown, machines, workers)
         (second,) = tune.tune_tasks([task(machines.target)], 2, shown, machines, workers)
     assert (first.fresh, first.failed, second.fresh) == (2, 0, 0)
@@ -185,7 +185,7 @@ def test_what_was_measured_before_a_server_died_is_kept(
 
     monkeypatch.setattr(tune_search, "_time", dying)
     try:
-        with tune._machines(mortal) as (machines, workers):
+        with tune.measured_on(mortal) as (machines, workers):
             one = task(machines.target)
             with pytest.raises(RemoteError):
                 tune.tune_tasks([one], 4, console(), machines, workers)

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...ir.layout import blocks, dim
-from ...ir.specs import tensor_product_spec
+from ...ir.layout import blocks, channels, dim
+from ...ir.specs import gate_spec, tensor_product_spec
 from .build import kernel_key
 from .conv import backward_source, forward_source
 from .conv_schedule import ConvSchedule, conv_schedule_from
@@ -27,7 +27,10 @@ from .database import KernelKey
 from .dense_kernel import dense_text
 from .dense_plan import DensePlan, DenseSchedule, LinearProblem, default_schedule, make_plan
 from .emit import vector_lanes
+from .gate_kernel import gate_backward_source, gate_source
 from .linear import launch, lower_linear, schedule_from
+from .mddq_kernel import mddq_backward_source, mddq_source
+from .row_kernel import UNTUNED, RowSchedule, row_schedule_from
 from .vnni import vector_unit
 
 Choice = dict[str, Any]
@@ -201,10 +204,105 @@ class ConvFamily:
         return 3 * once if self.backward else once
 
 
+@dataclass(frozen=True)
+class RowKernel:
+    """A small kernel as tuning sees it.
+
+    Attributes:
+        source: its text for a problem and a schedule.
+        widths: of its float tensors with rows, inputs first, the output last.
+        constants: what it takes between these; seeded.
+    """
+
+    source: Callable[[dict[str, str], RowSchedule], str]
+    widths: Callable[[dict[str, str]], tuple[int, ...]]
+    constants: Callable[[dict[str, str], torch.Generator], tuple[Tensor, ...]] = lambda _, __: ()
+
+
+class RowFamily:
+    """Gates and quantization: channels at once, and where threads pay, rows of a block.
+
+    Args:
+        kernel: which of them.
+    """
+
+    def __init__(self, kernel: RowKernel) -> None:
+        self.kernel = kernel
+
+    def options(self, key: KernelKey, threads: int) -> dict[str, tuple[Any, ...]]:
+        """Blocks, and serial or parallel, only where there are threads to share (as for linears)."""
+        shared, alone = threads > 1, key.rows * self.work(key.problem) <= UNTUNED.serial_work
+        return {
+            "lanes": (8, 16, 32),
+            "serial": (False, True) if shared else (alone,),
+            "block_work": (1024, 4096, 16384, 65536) if shared else (UNTUNED.block_work,),
+        }
+
+    def default(self, key: KernelKey) -> dict[str, Any]:
+        """The fields of the untuned schedule."""
+        return asdict(UNTUNED)
+
+    def schedule(self, key: KernelKey, choice: Choice) -> dict[str, Any]:
+        """The choice's fields; the threshold, where it is to move, to the other side of the work."""
+        work, threshold = key.rows * self.work(key.problem), UNTUNED.serial_work
+        if (work <= threshold) != choice["serial"]:
+            threshold = 4 * work if choice["serial"] else work // 4
+        return asdict(RowSchedule(choice["lanes"], threshold, choice["block_work"]))
+
+    def text(self, key: KernelKey, schedule: dict[str, Any], threads: int) -> tuple[str, tuple[Any, ...]]:
+        """The kernel's text; it needs nothing else to be launched."""
+        return self.kernel.source(json.loads(key.problem), row_schedule_from(schedule)), ()
+
+    def example(
+        self, key: KernelKey, schedule: dict[str, Any], threads: int, kernel: Callable[..., None]
+    ) -> Call:
+        """A call on seeded rows."""
+        problem, g = json.loads(key.problem), torch.Generator().manual_seed(0)
+        *given, made = self.kernel.widths(problem)
+        inputs = [torch.randn(key.rows, width, generator=g) for width in given]
+        constants, out = self.kernel.constants(problem, g), torch.empty(key.rows, made)
+
+        def call() -> Sequence[Tensor]:
+            kernel(*inputs, *constants, out)
+            return (out,)
+
+        return call
+
+    def work(self, problem: str) -> int:
+        """Floats read and written per row; a multiplication each, as far as shares are concerned."""
+        return sum(self.kernel.widths(json.loads(problem)))
+
+
+def _gate_widths(problem: dict[str, str]) -> tuple[int, int]:
+    spec = gate_spec(problem["spec"])
+    return dim(spec.irreps_in), dim(spec.irreps_out)
+
+
+def _mddq_steps(problem: dict[str, str], g: torch.Generator) -> tuple[Tensor, ...]:
+    return (0.01 + 0.01 * torch.rand(channels(problem["irreps"]), generator=g),)
+
+
+_ROW_KERNELS = {
+    "gate": RowKernel(lambda p, s: gate_source(p["spec"], s), _gate_widths),
+    "gate_backward": RowKernel(
+        lambda p, s: gate_backward_source(p["spec"], s),
+        lambda p: (_gate_widths(p)[1], _gate_widths(p)[0], _gate_widths(p)[0]),
+    ),
+    "mddq": RowKernel(
+        lambda p, s: mddq_source(p["irreps"], p["scheme"], s), lambda p: (dim(p["irreps"]),) * 2, _mddq_steps
+    ),
+    "mddq_backward": RowKernel(
+        lambda p, s: mddq_backward_source(p["irreps"], p["scheme"], s),
+        lambda p: (dim(p["irreps"]),) * 3,
+        _mddq_steps,
+    ),
+}
+
 FAMILIES: dict[str, Family] = {
     "linear": LinearFamily(),
     "conv": ConvFamily(False),
     "conv_backward": ConvFamily(True),
+    **{name: RowFamily(kernel) for name, kernel in _ROW_KERNELS.items()},
 }
 
 
@@ -256,10 +354,14 @@ def _linear_tensors(
     return x, (weight, scale, steps, bias)
 
 
+def graph_size(edges: int) -> int:
+    """Nodes of the graph that a convolution with so many edges is measured on."""
+    return max(1, edges // _DEGREES.get(edges, 16))
+
+
 def _graph(edges: int) -> tuple[list[Tensor], int]:
     """A regular graph as the convolution takes it, and how many nodes it has."""
-    degree = _DEGREES.get(edges, 16)
-    nodes = max(1, edges // degree)
+    degree, nodes = _DEGREES.get(edges, 16), graph_size(edges)
     index = torch.arange(edges)
     receivers = torch.clamp(index // degree, max=nodes - 1)
     senders = (receivers + 1 + 3 * (index % degree)) % nodes

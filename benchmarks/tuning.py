@@ -37,7 +37,7 @@ from gaq_compile.backends.tvm.dense_plan import LinearProblem, make_plan
 from gaq_compile.backends.tvm.target_family import target_families
 from gaq_compile.backends.tvm.tune_measure import Built, Timing
 from gaq_compile.backends.tvm.tune_search import FINAL_ROUNDS, MARGIN, WINS, Outcome
-from gaq_compile.backends.tvm.tune_space import FAMILIES, candidate, graph_size
+from gaq_compile.backends.tvm.tune_space import FAMILIES, ROW_KERNELS, candidate, graph_size
 from gaq_compile.datasets import example_structures
 from gaq_compile.ir.layout import dim
 from gaq_compile.ir.specs import tensor_product_spec
@@ -159,6 +159,10 @@ def work(key: KernelKey) -> tuple[dict[str, float], float, float]:
         weights = _BYTES[problem["weight"]] * plan.problem.linear.weight_numel
         operations = {kind: float(key.rows * one) for kind, one in each.items()}
         return operations, weights + 4.0 * key.rows * plan.dim_in, 4.0 * key.rows * plan.dim_out
+    if key.family in ROW_KERNELS:
+        *given, made = ROW_KERNELS[key.family].widths(problem)
+        operations = {"f32": float(key.rows * max(sum(given), made))}
+        return operations, 4.0 * key.rows * sum(given), 4.0 * key.rows * made
     spec, nodes = tensor_product_spec(str(problem["spec"])), graph_size(key.rows)
     x, out = 4.0 * nodes * dim(spec.irreps_x), 4.0 * nodes * dim(spec.irreps_out)
     edges = 4.0 * key.rows * (dim(spec.irreps_sh) + spec.weight_numel)

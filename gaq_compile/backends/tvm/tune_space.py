@@ -282,7 +282,7 @@ def _mddq_steps(problem: dict[str, str], g: torch.Generator) -> tuple[Tensor, ..
     return (0.01 + 0.01 * torch.rand(channels(problem["irreps"]), generator=g),)
 
 
-_ROW_KERNELS = {
+ROW_KERNELS = {
     "gate": RowKernel(lambda p, s: gate_source(p["spec"], s), _gate_widths),
     "gate_backward": RowKernel(
         lambda p, s: gate_backward_source(p["spec"], s),
@@ -302,7 +302,7 @@ FAMILIES: dict[str, Family] = {
     "linear": LinearFamily(),
     "conv": ConvFamily(False),
     "conv_backward": ConvFamily(True),
-    **{name: RowFamily(kernel) for name, kernel in _ROW_KERNELS.items()},
+    **{name: RowFamily(kernel) for name, kernel in ROW_KERNELS.items()},
 }
 
 

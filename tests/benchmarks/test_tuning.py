@@ -12,6 +12,7 @@ import pytest
 import tuning
 from gaq_compile.backends.tvm.build import tvm_version
 from gaq_compile.backends.tvm.database import KernelKey, problem_text
+from gaq_compile.tools.machine import Machine
 
 TARGET = json.dumps({"kind": "llvm", "mcpu": "znver5"})
 
@@ -23,7 +24,8 @@ def kernel(ratio: float, rows: int = 64, confirmed: bool = True, **more: Any) ->
 
 def result(*kernels: dict[str, Any]) -> dict[str, Any]:
     families = tuning.summaries(list(kernels))
-    return {"families": families, "processor": "a CPU", "threads": 1, "command": "python it"}
+    where = {"processor": "a CPU", "threads": 1, "command": "python it"}
+    return {"families": families, "kernels": list(kernels), **where}
 
 
 def test_means_are_geometric_by_family_and_rows() -> None:
@@ -37,6 +39,17 @@ def test_the_table_says_what_was_won_and_how() -> None:
     text = tuning.table(result(kernel(1.25)))
     assert "| linear | 64 | 1 | 1 | 1.25 | 1.25 | 50 % | 0 of 1 |" in text
     assert "a CPU, 1 thread: `python it`" in text
+
+
+def test_limits_that_kernels_beat_are_not_shown() -> None:
+    text = tuning.table(result(kernel(1.25), kernel(1.0, 512, limit_share=1.4)))
+    assert "%" not in text and "too busy" in text
+
+
+def test_peaks_are_the_best_of_several_measurements() -> None:
+    one = Machine(1, {"f32": 1.0, "s8": 5.0}, {64: 2.0}, {64: 3.0})
+    two = Machine(1, {"f32": 2.0, "s8": 4.0}, {64: 1.0}, {64: 4.0})
+    assert tuning.best_of([one, two]) == Machine(1, {"f32": 2.0, "s8": 5.0}, {64: 2.0}, {64: 4.0})
 
 
 def test_only_the_part_between_the_marks_of_a_page_is_made_anew() -> None:

@@ -223,15 +223,27 @@ def bench(
 def tune(
     file: _File,
     trials: Annotated[int, typer.Option(help="Measurements to make at most.", min=1)] = 256,
+    tracker: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT of a TVM RPC tracker, on whose machines to measure.", show_default=False
+        ),
+    ] = None,
+    key: Annotated[str, typer.Option(help="The name of these machines.", show_default=False)] = "",
 ) -> None:
-    """Search for faster kernels of a saved potential; they are found by later runs of quantize and load."""
+    """Search for faster kernels of a saved potential; they are found by later runs of quantize and load.
+
+    With --tracker and --key, other machines measure, and what is found is for their processor.
+    """
     try:
+        from .backends.tvm.tune_remote import tracker_at
         from .tools.tune import tune_file
     except ImportError as error:
         raise MissingPackageError(
             f"tuning needs TVM's compiler: {error}", fix="pip install 'gaq-compile[tvm]'"
         ) from error
-    tune_file(file, trials=trials, console=_stdout())
+    machines = tracker_at(tracker, key) if tracker is not None else None
+    tune_file(file, trials=trials, console=_stdout(), tracker=machines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -66,6 +66,10 @@ class DeviceError(GaqError, RuntimeError):
     """A GPU that is not there, or a call of its driver that failed."""
 
 
+class RemoteError(GaqError, ConnectionError):
+    """A tracker of machines that cannot be reached, or machines behind it that are not there or not fit."""
+
+
 class GaqWarning(UserWarning):
     """Base of every warning of gaq_compile's own."""
 

@@ -274,7 +274,9 @@ def test_a_wrong_kernel_is_not_handed_out(monkeypatch):
 
     text = gate_kernel.gate_source.__wrapped__
     monkeypatch.setattr(
-        gate_kernel, "gate_source", lambda spec: text(spec).replace("T.float32(1.0)", "T.float32(1.02)")
+        gate_kernel,
+        "gate_source",
+        lambda spec, schedule: text(spec, schedule).replace("T.float32(1.0)", "T.float32(1.02)"),
     )
     with pytest.raises(VerificationError, match="kernels do not compute"):
         gaq_compile.quantize("sevennet-0", molecule("H2O"), "w8", measure=False, progress=False)

@@ -69,6 +69,12 @@ def test_help_lists_the_commands() -> None:
     assert all(name in done.stdout for name in ("quantize", "inspect", "check", "bench", "tune"))
 
 
+def test_a_tracker_is_host_and_port(capsys, tmp_path) -> None:
+    file = tmp_path / "x.gaq"
+    assert "host:port" in failure(capsys, "tune", file, "--tracker", "nowhere", "--key", "nodes")
+    assert "--key" in failure(capsys, "tune", file, "--tracker", "nowhere:9190")
+
+
 def test_unknown_model(capsys, tmp_path, frames) -> None:
     message = failure(capsys, "quantize", "nequip-9", frames, "-o", tmp_path / "x.gaq")
     assert "nequip-9" in message

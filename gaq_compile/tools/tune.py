@@ -1,9 +1,10 @@
-"""Tuning: find the constants with which a potential's kernels run fastest on this machine.
+"""Tuning: find the constants with which a potential's kernels run fastest, here or on other machines.
 
 :func:`tune_file` and :func:`tune_potential` collect the distinct kernels of a potential, order them by
 their share of the multiplications, spend a budget of trials on them from the top, and store everything
 in the database (:mod:`..backends.tvm.database`), where ``quantize`` and ``load`` find it the next time
-they lower.
+they lower. With a :class:`~..backends.tvm.tune_remote.Tracker` the candidates run on the machines that
+TVM's tracker lends, as many kernels at once as there are machines, and what is found is stored for theirs.
 
 What of TVM's MetaSchedule is used, and what not. The kernels are generated as text, with loops already in
 the order that the quantization inside them needs; they are no TIR workload that a schedule transforms, and
@@ -18,35 +19,44 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from torch.fx import GraphModule, Interpreter, Node
 
 from ..api import load
 from ..backends.tvm.build import host_target, import_tvm
-from ..backends.tvm.database import KernelKey, problem_text
+from ..backends.tvm.database import KernelKey, bucket, database_path, problem_text, threads
+from ..backends.tvm.launch import Launch
 from ..backends.tvm.linear import LinearKernel
 from ..backends.tvm.tune_measure import Workers
-from ..backends.tvm.tune_search import Outcome, search
+from ..backends.tvm.tune_remote import Machines, RemoteWorkers, Tracker
+from ..backends.tvm.tune_search import Outcome, Progress, search
 from ..backends.tvm.tune_space import FAMILIES
 from ..capture.graphs import collate
-from ..errors import ConfigError, LoweringError
+from ..errors import ConfigError, LoweringError, RemoteError
 from ..operators.registration import ops
 from ..passes.lower import KernelCall
 from ..potential import Potential
 
 GRANT = 16
 """Trials that a kernel gets before the next one in line gets some."""
-_SIZES = {"nodes": (512, 64), "edges": (6048, 512)}  # rows in a large and in a small structure
+_SIZES = {"nodes": (512, 64), "edges": (6048, 512), "bonds": (3024, 256)}
+"""Rows in a large and in a small structure."""
 _LABEL = 28  # characters of a module's name that a table shows
+_PROBED = {4: "nodes", 6: "bonds", 12: "edges"}  # what so many rows of the probe are
 _CONVOLUTIONS = {ops.conv.default: "conv", ops.conv_backward.default: "conv_backward"}
 
 
@@ -67,13 +77,20 @@ class KernelTask:
     share: float
 
 
-def tune_file(path: str | Path, *, trials: int = 256, console: Console | None = None) -> list[Outcome]:
-    """Tune the kernels of a saved potential for this machine; print progress and a table.
+def tune_file(
+    path: str | Path,
+    *,
+    trials: int = 256,
+    console: Console | None = None,
+    tracker: Tracker | None = None,
+) -> list[Outcome]:
+    """Tune the kernels of a saved potential; print progress and a table.
 
     Args:
         path: a ``.gaq`` file.
         trials: candidates to measure at most, over all kernels; known ones count, and are not repeated.
         console: where to print; by default stdout.
+        tracker: whose machines to tune for; by default this one.
 
     Returns:
         One :class:`Outcome` per kernel that got trials.
@@ -82,8 +99,9 @@ def tune_file(path: str | Path, *, trials: int = 256, console: Console | None = 
         FileFormatError: for a damaged or foreign file.
         MissingPackageError: if TVM is not installed.
         LoweringError: if there is no linker.
+        RemoteError: if there is no tracker, or no machine of its any more; what was measured is stored.
     """
-    return tune_potential(load(path), trials=trials, console=console)
+    return tune_potential(load(path), trials=trials, console=console, tracker=tracker)
 
 
 def tune_potential(
@@ -92,14 +110,16 @@ def tune_potential(
     trials: int = 256,
     families: Sequence[str] = tuple(FAMILIES),
     console: Console | None = None,
+    tracker: Tracker | None = None,
 ) -> list[Outcome]:
-    """Tune a potential's kernels for this machine; arguments and errors as for :func:`tune_file`.
+    """Tune a potential's kernels; arguments and errors as for :func:`tune_file`.
 
     Args:
         potential: what ``quantize`` or ``load`` returned.
         trials: candidates to measure at most, over all kernels.
-        families: which kinds of kernels: "linear", "conv", "conv_backward".
+        families: which kinds of kernels (``tune_space.FAMILIES``).
         console: where to print; by default stdout.
+        tracker: whose machines to tune for; by default this one.
 
     Raises:
         ConfigError: for an unknown family.
@@ -107,34 +127,85 @@ def tune_potential(
     unknown = sorted(set(families) - set(FAMILIES))
     if unknown:
         raise ConfigError(f"unknown kernels {', '.join(unknown)}", fix=f"use {', '.join(FAMILIES)}")
-    tasks = [t for t in kernel_tasks(potential) if t.key.family in families]
-    return tune_tasks(tasks, trials, console or Console())
+    console = console or Console()
+    with measured_on(tracker) as (machines, workers):
+        tasks = [t for t in kernel_tasks(potential, machines.target) if t.key.family in families]
+        outcomes = tune_tasks(tasks, trials, console, machines, workers)
+        console.print(f"database: {database_path(machines.target)}", soft_wrap=True)
+    return outcomes
 
 
-def tune_tasks(tasks: Sequence[KernelTask], trials: int, console: Console) -> list[Outcome]:
-    """Tune kernels in order, ``GRANT`` trials each and round again until the budget is spent."""
+def tune_tasks(
+    tasks: Sequence[KernelTask], trials: int, console: Console, machines: Machines, workers: list[GetWorkers]
+) -> list[Outcome]:
+    """Tune kernels in order, ``GRANT`` trials each and round again until the budget is spent.
+
+    Args:
+        tasks: for the machines' target.
+        trials: candidates to measure at most, over all kernels.
+        console: where to print.
+        machines: what the workers measure on.
+        workers: one for each machine; each tunes one kernel at a time.
+    """
     if shutil.which("g++") is None:
         raise LoweringError("tuning links with g++, which is not there", fix="install a C++ compiler")
-    import_tvm()  # sets the threads that candidates are measured on
     granted = grants(len(tasks), trials)
-    outcomes: list[Outcome] = []
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[state]}"),
     )  # fmt: skip
-    with _workers() as workers, Progress(*columns, console=console, transient=True) as bar:
+    with ProgressBar(*columns, console=console, transient=True) as bar:
         total = bar.add_task("tuning", total=sum(granted), state="")
-        for task, share in zip(tasks, granted, strict=False):
-            bar.update(total, description=title(task), state="")
-            outcomes.append(
-                search(task.key, share, workers, lambda n, state: bar.update(total, advance=n, state=state))
-            )
-    if not outcomes:
+
+        def tune_one(k: int, where: GetWorkers) -> Outcome:
+            bar.update(total, description=title(tasks[k]), state="")
+            told: Progress = lambda n, state: bar.update(total, advance=n, state=state)  # noqa: E731
+            return search(tasks[k].key, granted[k], machines.threads, where, told)
+
+        found, lost = _shared_out(len(granted), workers, tune_one)
+    done, outcomes = [tasks[k] for k in sorted(found)], [found[k] for k in sorted(found)]
+    if outcomes:
+        console.print(outcome_table(done, outcomes))
+        console.print(summary(done, outcomes))
+    elif not lost:
         console.print("there are no kernels to tune")
-        return outcomes
-    console.print(outcome_table(tasks, outcomes))
-    console.print(summary(tasks, outcomes))
+    if lost and len(found) < len(granted):
+        raise lost[0]
     return outcomes
+
+
+def _shared_out(
+    number: int, workers: Sequence[GetWorkers], run: Callable[[int, GetWorkers], Outcome]
+) -> tuple[dict[int, Outcome], list[RemoteError]]:
+    """Run ``number`` tasks on all workers; a worker that loses its machine leaves its task to the others.
+
+    Returns:
+        What was done, by number of the task, and what was lost.
+    """
+    waiting, found, lost = deque(range(number)), dict[int, Outcome](), list[RemoteError]()
+
+    def works(where: GetWorkers) -> bool:
+        """Run tasks until there are none (True) or the machine is lost (False)."""
+        while True:
+            try:
+                k = waiting.popleft()
+            except IndexError:
+                return True
+            try:
+                found[k] = run(k, where)
+            except RemoteError as error:
+                waiting.appendleft(k)
+                lost.append(error)
+                return False
+
+    if len(workers) == 1:  # here, where Ctrl-C arrives
+        works(workers[0])
+        return found, lost
+    alive = list(workers)
+    with ThreadPoolExecutor(len(workers)) as threads:
+        while waiting and alive:  # once more where the last task was lost after the others had ended
+            alive = [w for w, still in zip(alive, threads.map(works, alive), strict=True) if still]
+    return found, lost
 
 
 def grants(tasks: int, trials: int) -> list[int]:
@@ -166,7 +237,7 @@ def kernel_tasks(potential: Potential, target: str | None = None) -> list[Kernel
         }
         whole = sum(work.values())
         for (family, problem, kind), labels in found.items():
-            key = KernelKey(family, problem, _SIZES[kind][size], target)
+            key = KernelKey(family, problem, bucket(_SIZES[kind][size]), target)
             share = work[family, problem, kind] / whole if whole else 0.0
             tasks.append(KernelTask(key, labels[0], len(labels), share))
     return sorted(tasks, key=lambda t: (-t.share, -t.key.rows, t.key.family, t.key.problem))
@@ -228,48 +299,70 @@ def _short(value: Any) -> str:
     return "/".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+GetWorkers = Callable[[], Workers]
+"""Starts the workers of a machine when they are first needed."""
+
+
 @contextmanager
-def _workers() -> Iterator[Any]:
-    """A function that starts the workers when they are first needed."""
+def measured_on(tracker: Tracker | None) -> Iterator[tuple[Machines, list[GetWorkers]]]:
+    """What is measured on, and workers for each machine."""
+    import_tvm()  # sets the threads of this machine's pool
     with ExitStack() as stack:
-        started: list[Workers] = []
+        if tracker is None:
+            yield Machines(1, host_target(), threads()), [_once(stack, Workers)]
+            return
+        first = RemoteWorkers(tracker)
+        stack.enter_context(first)
+        machines = first.survey()
+        others = [_once(stack, partial(RemoteWorkers, tracker)) for _ in range(machines.number - 1)]
+        yield machines, [lambda: first, *others]
 
-        def get() -> Workers:
-            if not started:
-                started.append(stack.enter_context(Workers()))
-            return started[0]
 
-        yield get
+def _once(stack: ExitStack, make: GetWorkers) -> GetWorkers:
+    made: list[Workers] = []
+
+    def get() -> Workers:
+        if not made:
+            made.append(stack.enter_context(make()))
+        return made[0]
+
+    return get
 
 
 # Collecting -------------------------------------------------------------------------------------
 
 
 class _Rows(Interpreter):
-    """Runs a lowered graph and notes the rows that each linear kernel gets."""
+    """Runs a lowered graph and notes the rows that each kernel gets which is tuned by rows."""
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)
-        self.found: list[tuple[LinearKernel, int, str]] = []
+        self.found: list[tuple[str, str, int, str]] = []
 
     def run_node(self, n: Node) -> Any:
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        if isinstance(module, KernelCall) and isinstance(module.run, LinearKernel):
+        known = _known(module.run) if isinstance(module, KernelCall) else ()
+        if known:
             (x, *_), _ = self.fetch_args_kwargs_from_env(n)
-            self.found.append((module.run, int(x.shape[0]), str(n.meta.get("label", n.name))))
+            self.found.append((*known, int(x.shape[0]), str(n.meta.get("label", n.name))))
         return super().run_node(n)
 
 
+def _known(kernel: object) -> tuple[str, str] | tuple[()]:
+    """Family and problem by which the database knows a kernel that is called with rows first."""
+    if isinstance(kernel, LinearKernel):
+        return "linear", problem_text(asdict(kernel.plan.problem))
+    return kernel.tuning if isinstance(kernel, Launch) else ()
+
+
 def _kernels(potential: Potential) -> Iterator[tuple[str, str, str, str]]:
-    """``(family, problem, "nodes" or "edges", label)`` of every kernel that can be tuned."""
+    """``(family, problem, "nodes", "edges" or "bonds", label)`` of every kernel that can be tuned."""
     tensors = _probe(potential)
-    atoms = 3
     runner = _Rows(potential.graphs["lower"])
     runner.run(*(tensors[name] for name in potential.form.inputs))
-    for kernel, rows, label in runner.found:
+    for family, problem, rows, label in runner.found:
         if rows != 1:  # the graph's own sums are no work
-            kind = "nodes" if rows == atoms else "edges"
-            yield "linear", problem_text(asdict(kernel.plan.problem)), kind, label
+            yield family, problem, _PROBED.get(rows, "edges"), label
     for node in potential.graphs["fold_integers"].graph.nodes:
         if node.target in _CONVOLUTIONS:
             problem = problem_text({"spec": str(node.args[-2])})
@@ -277,11 +370,11 @@ def _kernels(potential: Potential) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _probe(potential: Potential) -> Any:
-    """Three atoms with six edges, whose row counts tell atoms from edges."""
+    """Four atoms with twelve edges, that is six bonds: row counts tell them apart (:data:`_PROBED`)."""
     form = potential.form
     if not form.inputs:
         raise ConfigError("only potentials that take structures can be tuned", where=repr(potential))
     number = 6 if not form.elements or 6 in form.elements else form.elements[0]
     side = 0.5 * form.cutoff
-    places = [[0.0, 0.0, 0.0], [side, 0.0, 0.0], [0.3 * side, 0.8 * side, 0.2 * side]]
-    return collate([Atoms([number] * 3, positions=places)], form)
+    places = [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.3, 0.8, 0.2], [0.4, 0.3, 0.9]]
+    return collate([Atoms([number] * 4, positions=side * np.array(places))], form)

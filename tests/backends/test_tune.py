@@ -15,11 +15,13 @@ import torch
 from rich.console import Console
 
 from gaq_compile.backends.tvm import database, tune_search
-from gaq_compile.backends.tvm.build import host_target
+from gaq_compile.backends.tvm.build import compile_kernel, host_target
 from gaq_compile.backends.tvm.conv import conv_forward
 from gaq_compile.backends.tvm.conv_schedule import ConvSchedule
 from gaq_compile.backends.tvm.database import KernelKey, bucket, problem_text
+from gaq_compile.backends.tvm.gate_kernel import lower_gate
 from gaq_compile.backends.tvm.linear import DenseSchedule, LinearProblem, lower_linear
+from gaq_compile.backends.tvm.row_kernel import RowSchedule
 from gaq_compile.backends.tvm.tune_measure import Built, Timing, Workers
 from gaq_compile.backends.tvm.tune_space import FAMILIES, candidate, choices
 from gaq_compile.errors import ConfigError
@@ -27,14 +29,25 @@ from gaq_compile.ir.layout import channels
 from gaq_compile.tools import tune
 
 PROBLEM = LinearProblem("16x0e+8x1e -> 32x0e+16x1e", "s8 m8d8", "s8")
+GATE = "16x0e ; 8x0e ; 8x1e ; silu ; tanh"
+MDDQ = {"irreps": "16x0e+8x1e", "scheme": "s8 m8d8"}
 CONV = "16x0e * 1x0e+1x1e -> 16x0e+16x1e | 0.0.0 0.1.1"
+PROBLEMS: dict[str, dict[str, Any]] = {
+    "linear": asdict(PROBLEM),
+    "conv": {"spec": CONV},
+    "conv_backward": {"spec": CONV},
+    "gate": {"spec": GATE},
+    "gate_backward": {"spec": GATE},
+    "mddq": MDDQ,
+    "mddq_backward": MDDQ,
+}
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host_target()  # this machine's facts need not be found again
     monkeypatch.setenv("GAQ_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(database, "_packaged", lambda target: tmp_path / "none" / "packaged.jsonl")
+    monkeypatch.setattr(database, "packaged", lambda target: ())
 
 
 def linear_key(rows: int = 64) -> KernelKey:
@@ -138,7 +151,7 @@ def test_the_package_is_asked_after_the_user(tmp_path: Path, monkeypatch: pytest
     store(key, {"of": "package"})
     moved = tmp_path / "packaged.jsonl"
     database.database_path(key.target).rename(moved)
-    monkeypatch.setattr(database, "_packaged", lambda target: moved)
+    monkeypatch.setattr(database, "packaged", lambda target: (tmp_path / "nothing.jsonl", moved))
     assert database.choice(key)["schedule"] == {"of": "package"}  # type: ignore[index]
     store(key, {"of": "user"})
     assert database.choice(key)["schedule"] == {"of": "user"}  # type: ignore[index]
@@ -194,22 +207,62 @@ def test_convolutions_run_the_stored_schedule() -> None:
         conv_forward(CONV, host_target())
 
 
+def test_small_kernels_run_the_stored_schedule_in_its_bucket_only() -> None:
+    x = torch.randn(64, 48)
+    before = lower_gate(GATE, host_target())
+    assert json.loads(before.tuning[1]) == {"spec": GATE}
+    key = KernelKey("gate", problem_text({"spec": GATE}), 64, host_target())
+    store(key, asdict(RowSchedule(8, 1 << 30, 4096)))
+    after = lower_gate(GATE, host_target())
+    assert torch.equal(after(x), before(x))
+    assert after.choose(64).function is not after.choose(600).function
+    assert after.choose(600).function is before.choose(600).function
+    assert after.choose(64) is after.choose(63)
+    store(key, asdict(RowSchedule()) | {"lanes": 7})
+    with pytest.warns(UserWarning, match="not usable"):
+        assert lower_gate(GATE, host_target()).choose(64).function is before.choose(64).function
+
+
+@pytest.mark.parametrize("family", ["gate", "gate_backward", "mddq", "mddq_backward"])
+def test_schedules_of_small_kernels_change_no_result(family: str) -> None:
+    key = KernelKey(family, problem_text(PROBLEMS[family]), 64, host_target())
+    results = []
+    for choice in choices(key, 2)[::5]:
+        fields = FAMILIES[family].schedule(key, choice)
+        source, _ = FAMILIES[family].text(key, fields, 2)
+        call = FAMILIES[family].example(key, fields, 2, compile_kernel(source, key.target))
+        results.append(call()[0].clone())
+    assert len(results) > 3 and all(torch.equal(r, results[0]) for r in results)
+
+
+@pytest.mark.parametrize("family", ["gate", "mddq_backward"])
+@pytest.mark.parametrize("rows", [64, 6048])
+def test_a_choice_between_serial_and_parallel_is_what_runs(family: str, rows: int) -> None:
+    key = KernelKey(family, problem_text(PROBLEMS[family]), rows, host_target())
+    work = rows * FAMILIES[family].work(key.problem)
+    for serial in (False, True):
+        made = FAMILIES[family].schedule(key, {"lanes": 16, "serial": serial, "block_work": 4096})
+        assert (work <= made["serial_work"]) == serial
+    on_one_thread = [FAMILIES[family].schedule(key, c) for c in choices(key, 1)]
+    assert all(asdict(RowSchedule()) == made | {"lanes": 16} for made in on_one_thread)
+
+
 # The search -------------------------------------------------------------------------------------
 
 
 def test_the_search_finds_what_a_rule_hides_and_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = fake_timings(monkeypatch)
     key = linear_key(512)
-    first = tune_search.search(key, 20, nobody, quiet)
+    first = tune_search.search(key, 20, 2, nobody, quiet)
     assert (first.tried, first.fresh, first.failed) == (20, 20, 0)
     assert len(set(asked[:20])) == 20
-    every = sorted(hidden(FAMILIES["linear"].schedule(key, c)) for c in choices(key))
+    every = sorted(hidden(FAMILIES["linear"].schedule(key, c)) for c in choices(key, 2))
     assert first.changed and first.seconds <= every[len(every) // 10]
-    again = tune_search.search(key, 20, no_workers, quiet)
+    again = tune_search.search(key, 20, 2, no_workers, quiet)
     assert again == replace(first, fresh=0)
-    more = tune_search.search(key, 29, nobody, quiet)
+    more = tune_search.search(key, 29, 2, nobody, quiet)
     assert (more.tried, more.fresh) == (29, 9)
-    assert tune_search.search(key, 29, no_workers, quiet).fresh == 0
+    assert tune_search.search(key, 29, 2, no_workers, quiet).fresh == 0
 
 
 def test_a_search_killed_midway_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,15 +276,15 @@ def test_a_search_killed_midway_loses_nothing(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(tune_search, "_time", killed)
     with pytest.raises(KeyboardInterrupt):
-        tune_search.search(linear_key(512), 20, nobody, quiet)
+        tune_search.search(linear_key(512), 20, 2, nobody, quiet)
     monkeypatch.setattr(tune_search, "_time", rule)
-    assert tune_search.search(linear_key(512), 20, nobody, quiet).fresh == 9
+    assert tune_search.search(linear_key(512), 20, 2, nobody, quiet).fresh == 9
 
 
 def test_a_default_is_kept_unless_it_is_beaten_by_more_than_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_timings(monkeypatch)
     monkeypatch.setattr(tune_search, "_time", lambda *_: Timing(0.98, 1.0, 1.0, 0.98))
-    outcome = tune_search.search(linear_key(), 8, nobody, quiet)
+    outcome = tune_search.search(linear_key(), 8, 2, nobody, quiet)
     assert not outcome.changed and outcome.speedup == 1.0
     assert lower_linear(*lowered()).tuned == ()
 
@@ -239,9 +292,9 @@ def test_a_default_is_kept_unless_it_is_beaten_by_more_than_noise(monkeypatch: p
 def test_failures_are_stored_and_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_timings(monkeypatch)
     monkeypatch.setattr(tune_search, "_time", lambda *_: Timing(error="took its process down"))
-    outcome = tune_search.search(linear_key(), 8, nobody, quiet)
+    outcome = tune_search.search(linear_key(), 8, 2, nobody, quiet)
     assert (outcome.failed, outcome.changed) == (8, False)
-    assert tune_search.search(linear_key(), 8, no_workers, quiet).failed == 8
+    assert tune_search.search(linear_key(), 8, 2, no_workers, quiet).failed == 8
 
 
 def test_a_budget_is_granted_from_the_top() -> None:
@@ -253,14 +306,13 @@ def test_a_budget_is_granted_from_the_top() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_choice_makes_a_schedule_that_the_database_can_hold(family: str) -> None:
-    problem = problem_text(asdict(PROBLEM) if family == "linear" else {"spec": CONV})
-    key = KernelKey(family, problem, 512, host_target())
-    default = candidate(key, FAMILIES[family].default(key))
-    for choice in choices(key)[::29]:
+    key = KernelKey(family, problem_text(PROBLEMS[family]), 512, host_target())
+    default = candidate(key, FAMILIES[family].default(key), 2)
+    for choice in choices(key, 2)[::29]:
         schedule = FAMILIES[family].schedule(key, choice)
         assert json.loads(json.dumps(schedule)) == schedule
-        assert candidate(key, schedule).source
-    assert candidate(key, json.loads(json.dumps(default.schedule))) == default
+        assert candidate(key, schedule, 2).source
+    assert candidate(key, json.loads(json.dumps(default.schedule)), 2) == default
 
 
 # Real workers -----------------------------------------------------------------------------------
@@ -274,8 +326,8 @@ def workers() -> Iterator[Workers]:
 
 def test_workers_measure_refuse_and_survive(workers: Workers, tmp_path: Path) -> None:
     key = linear_key()
-    default = candidate(key, FAMILIES["linear"].default(key))
-    faster = candidate(key, asdict(DenseSchedule((4,), 16)) | {"rows": [4]})
+    default = candidate(key, FAMILIES["linear"].default(key), database.threads())
+    faster = candidate(key, asdict(DenseSchedule((4,), 16)) | {"rows": [4]}, database.threads())
     wrong = replace(default, source=default.source.replace("nearbyint", "floor"))
     broken = replace(default, source=default.source.replace("T.max(", "T.nothing("))
     assert wrong.source != default.source != broken.source
@@ -299,8 +351,9 @@ def test_tuning_end_to_end_and_a_second_run_measures_nothing(workers: Workers) -
     console = Console(record=True, width=150)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (first,) = tune.tune_tasks([task], 2, console)
-        (second,) = tune.tune_tasks([task], 2, console)
+        with tune.measured_on(None) as here:
+            (first,) = tune.tune_tasks([task], 2, console, *here)
+            (second,) = tune.tune_tasks([task], 2, console, *here)
     assert (first.fresh, second.fresh) == (2, 0)
     assert second == replace(first, fresh=0)
     assert "nothing was measured anew: all 2" in console.export_text()

@@ -1,13 +1,14 @@
 """The tuning database: measured schedules of kernels, one JSON object a line, appended as they come.
 
-The user's file is ``$GAQ_CACHE_DIR/tuning/<target>.jsonl``; where it has no answer, the file of the
-same name in the package's ``data/tuning`` is asked; where that has none either, a kernel runs with its
-default schedule. Two kinds of lines:
+The user's file is ``$GAQ_CACHE_DIR/tuning/<target>.jsonl``; where it has no answer, those that the package
+ships in ``data/tuning`` for the target's family (:mod:`.target_family`) are asked; where they have none
+either, a kernel runs with its default schedule. Two kinds of lines, of which shipped files have the second:
 
 ``trial``   one candidate measured against the default, in alternation: schedule, seconds of both;
 ``choice``  the schedule that a kernel shall run with, and what decided it.
 
-Lines belong to a :class:`KernelKey`: kernel family, problem, bucket of rows, target and TVM version.
+Lines belong to a :class:`KernelKey`: kernel family, problem, bucket of rows and TVM version; the target
+is the file's, whose name says it.
 A line that cannot be read (a process killed while writing) is skipped with a warning.
 """
 
@@ -17,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,11 +30,13 @@ from typing import Any, TypeVar
 import torch
 
 from .build import _load_runtime, cache_dir, tvm_version
+from .target_family import target_families
 
 FORMAT = 1
 BUCKETS = (64, 512, 6048)
 """Rows (atoms, or edges) at which kernels are tuned: a small, a middle and a large structure."""
 
+_APPENDING = threading.Lock()  # several machines' measurements may arrive at once
 _FIGURES = ("seconds", "default_seconds", "wins", "floor")
 
 Record = dict[str, Any]
@@ -68,9 +72,14 @@ class KernelKey:
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """The key with TVM's version, comparable with :func:`_identity` of a line."""
+        """The key with TVM's version."""
         target = problem_text(json.loads(self.target))
         return (self.family, self.problem, str(self.rows), target, tvm_version())
+
+    @property
+    def entry(self) -> tuple[str, ...]:
+        """The key's place in a file, comparable with :func:`_entry` of a line."""
+        return (self.family, self.problem, str(self.rows), tvm_version())
 
     def record(self, kind: str, threads: int, **facts: Any) -> Record:
         """A line for this key."""
@@ -102,7 +111,7 @@ def append(target: str, record: Record) -> None:
     path = database_path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record, sort_keys=True) + "\n"
-    with path.open("ab+") as file:
+    with _APPENDING, path.open("ab+") as file:
         if file.tell():  # a line that was cut off must not swallow this one
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else "\n" + line
@@ -113,15 +122,15 @@ def append(target: str, record: Record) -> None:
 
 def trials(key: KernelKey, threads: int) -> dict[str, Record]:
     """The candidates already measured for a key on so many threads, by the hash of their code."""
-    found = _lines(database_path(key.target)).get(key.identity, ())
+    found = _lines(database_path(key.target)).get(key.entry, ())
     mine = (r for r in found if r["kind"] == "trial" and r.get("threads") == threads)
     return {r["code"]: r for r in mine if "code" in r}
 
 
 def choice(key: KernelKey, threads: int | None = None) -> Record | None:
     """The latest choice for a key: the user's before the package's, the same ``threads`` before others."""
-    for path in (database_path(key.target), _packaged(key.target)):
-        found = [r for r in _lines(path).get(key.identity, ()) if r["kind"] == "choice"]
+    for path in (database_path(key.target), *packaged(key.target)):
+        found = [r for r in _lines(path).get(key.entry, ()) if r["kind"] == "choice"]
         same = [r for r in found if r.get("threads") == threads]
         if same or found:
             return (same or found)[-1]
@@ -161,8 +170,10 @@ def _file_name(target: str) -> str:
     return f"{described.get('kind', 'target')}-{described.get('mcpu', 'generic')}-{short}.jsonl"
 
 
-def _packaged(target: str) -> Path:
-    return Path(str(resources.files("gaq_compile"))) / "data" / "tuning" / _file_name(target)
+def packaged(target: str) -> tuple[Path, ...]:
+    """The shipped files that may answer for a target, the nearest first; they need not exist."""
+    folder = Path(str(resources.files("gaq_compile"))) / "data" / "tuning"
+    return tuple(folder / f"{name}.jsonl" for name in target_families(target))
 
 
 def _lines(path: Path) -> dict[tuple[str, ...], list[Record]]:
@@ -185,7 +196,7 @@ def _read(path: Path, _modified: int, _size: int) -> dict[tuple[str, ...], list[
             record = json.loads(line)
             if record["format"] == FORMAT:
                 _checked(record)
-                found.setdefault(_identity(record), []).append(record)
+                found.setdefault(_entry(record), []).append(record)
         except (ValueError, KeyError, TypeError):
             skipped += 1
     if skipped:
@@ -202,6 +213,6 @@ def _checked(record: Record) -> None:
                 raise ValueError(f"{name} is no time")
 
 
-def _identity(record: Record) -> tuple[str, ...]:
-    target, problem = problem_text(record["target"]), problem_text(record["problem"])
-    return (str(record["family"]), problem, str(record["rows"]), target, str(record["tvm"]))
+def _entry(record: Record) -> tuple[str, ...]:
+    problem = problem_text(record["problem"])
+    return (str(record["family"]), problem, str(record["rows"]), str(record["tvm"]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from e3nn.o3 import Irreps
 
@@ -17,10 +17,10 @@ from ...errors import IrrepsError, LoweringError
 from ...ir.layout import blocks, dim, simplified
 from ...ir.specs import GateSpec, gate_spec
 from ...operators.activations import split
-from .build import compile_kernel
 from .emit import block_lanes, kernel_text, vector
-from .launch import Input, Launch, Output, always
-from .row_kernel import LANES, Emitter, at, row_loop, tiled
+from .launch import Input, Launch, Output
+from .row_kernel import UNTUNED, Emitter, RowSchedule, at, row_loop, tiled
+from .row_launch import row_launch
 
 _LOG2 = 0.6931471805599453
 
@@ -55,7 +55,7 @@ def lower_gate(spec: str, target: str) -> Launch:
     """
     parsed = gate_spec(spec)
     parts = (Input(0, (dim(parsed.irreps_in),)), Output(0, (dim(parsed.irreps_out),)))
-    return Launch(parts, always(compile_kernel(gate_source(spec), target)))
+    return row_launch("gate", {"spec": spec}, parts, partial(gate_source, spec), target)
 
 
 def lower_gate_backward(spec: str, target: str) -> Launch:
@@ -63,35 +63,35 @@ def lower_gate_backward(spec: str, target: str) -> Launch:
     parsed = gate_spec(spec)
     width = (dim(parsed.irreps_in),)
     parts = (Input(0, (dim(parsed.irreps_out),)), Input(1, width), Output(1, width))
-    return Launch(parts, always(compile_kernel(gate_backward_source(spec), target)))
+    return row_launch("gate_backward", {"spec": spec}, parts, partial(gate_backward_source, spec), target)
 
 
 @lru_cache(maxsize=256)
-def gate_source(spec: str) -> str:
+def gate_source(spec: str, schedule: RowSchedule = UNTUNED) -> str:
     """TVMScript of ``main(x, y)``; arguments and errors as :func:`lower_gate`."""
     s = gate_spec(spec)
     body: list[str] = []
-    for count, e in gate_ranges(spec, _emitter):
+    for count, e in gate_ranges(spec, _emitter(schedule.lanes)):
         body += tiled(count, e.lanes, e.lines)
     width_in, width_out = dim(s.irreps_in), dim(s.irreps_out)
     return kernel_text(
         [("x", f"n, {width_in}", "float32"), ("y", f"n, {width_out}", "float32")],
-        row_loop(body, width_in + width_out),
+        row_loop(body, width_in + width_out, schedule=schedule),
     )
 
 
 @lru_cache(maxsize=256)
-def gate_backward_source(spec: str) -> str:
+def gate_backward_source(spec: str, schedule: RowSchedule = UNTUNED) -> str:
     """TVMScript of ``main(grad, x, grad_x)``; arguments and errors as :func:`lower_gate`."""
     s = gate_spec(spec)
     body: list[str] = []
-    for count, e in gate_backward_ranges(spec, _emitter):
+    for count, e in gate_backward_ranges(spec, _emitter(schedule.lanes)):
         body += tiled(count, e.lanes, e.lines)
     width_in, width_out = dim(s.irreps_in), dim(s.irreps_out)
     return kernel_text(
         [(name, f"n, {width}", "float32") for name, width in (("grad", width_out), ("x", width_in))]
         + [("gx", f"n, {width_in}", "float32")],
-        row_loop(body, 2 * width_in + width_out),
+        row_loop(body, 2 * width_in + width_out, schedule=schedule),
     )
 
 
@@ -144,8 +144,8 @@ def gate_backward_ranges(spec: str, emitter: Callable[[int], Emitter]) -> Iterat
         yield r.count, e
 
 
-def _emitter(count: int) -> Emitter:
-    return Emitter(block_lanes(count, LANES))
+def _emitter(most: int) -> Callable[[int], Emitter]:
+    return lambda count: Emitter(block_lanes(count, most))
 
 
 def _scalar_ranges(s: GateSpec) -> list[_Range]:

@@ -92,6 +92,7 @@ class Launch:
         several: whether the call's value is a tuple of all results, not the only one.
         empty: called instead where there are no rows; None where the kernel can do it.
         longer: called instead where a tensor has more elements than a kernel can count; None refuses it.
+        tuning: kernel family and problem by which the tuning database knows it; empty where it does not.
     """
 
     parts: tuple[Part, ...]
@@ -101,6 +102,7 @@ class Launch:
     several: bool = False
     empty: Callable[..., Any] | None = None
     longer: Callable[..., Any] | None = None
+    tuning: tuple[str, str] | tuple[()] = ()
 
     @property
     def launch(self) -> Launch:

@@ -7,7 +7,7 @@ it: all layers of one shape share one kernel, and a division by a constant would
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from torch import Tensor
 from ...config import ActivationScheme, activation_scheme
 from ...errors import IrrepsError, LoweringError
 from ...ir.layout import Block, blocks, channels, dim, simplified
-from .build import compile_kernel
 from .emit import block_lanes, kernel_text, vector
-from .launch import Input, Launch, Output, always
-from .row_kernel import LANES, Emitter, at, row_loop, tiled
+from .launch import Input, Launch, Output
+from .row_kernel import UNTUNED, Emitter, RowSchedule, at, row_loop, tiled
+from .row_launch import row_launch
 
 
 def lower_mddq(irreps: str, scheme: str, scale: Tensor, target: str) -> Launch:
@@ -40,8 +40,9 @@ def lower_mddq(irreps: str, scheme: str, scale: Tensor, target: str) -> Launch:
             "activations on a common grid have a kernel only together with integer weights", where=scheme
         )
     steps, width = channel_steps(scale, irreps), (dim(irreps),)
-    kernel = compile_kernel(mddq_source(irreps, scheme), target)
-    return Launch((Input(0, width), steps, Output(0, width)), always(kernel))
+    parts = (Input(0, width), steps, Output(0, width))
+    problem = {"irreps": irreps, "scheme": scheme}
+    return row_launch("mddq", problem, parts, partial(mddq_source, irreps, scheme), target)
 
 
 def lower_mddq_backward(irreps: str, scheme: str, scale: Tensor, target: str) -> Launch:
@@ -50,30 +51,31 @@ def lower_mddq_backward(irreps: str, scheme: str, scale: Tensor, target: str) ->
     Gradients of a common grid are those of the same scheme without it.
     """
     steps, width = channel_steps(scale, irreps), (dim(irreps),)
-    kernel = compile_kernel(mddq_backward_source(irreps, scheme), target)
-    return Launch((Input(0, width), Input(1, width), steps, Output(1, width)), always(kernel))
+    parts = (Input(0, width), Input(1, width), steps, Output(1, width))
+    problem = {"irreps": irreps, "scheme": scheme}
+    return row_launch("mddq_backward", problem, parts, partial(mddq_backward_source, irreps, scheme), target)
 
 
 @lru_cache(maxsize=256)
-def mddq_source(irreps: str, scheme: str) -> str:
+def mddq_source(irreps: str, scheme: str, schedule: RowSchedule = UNTUNED) -> str:
     """TVMScript of ``main(x, scale, xhat)``; arguments and errors as :func:`lower_mddq`."""
     chosen = activation_scheme(scheme)
     body: list[str] = []
     for block in mddq_blocks(irreps):
-        e = Emitter(block_lanes(block.mul, LANES))
+        e = Emitter(block_lanes(block.mul, schedule.lanes))
         body += tiled(block.mul, e.lanes, mddq_lines(e, block, chosen))
-    return _text(irreps, ("x",), "xhat", body)
+    return _text(irreps, ("x",), "xhat", body, schedule)
 
 
 @lru_cache(maxsize=256)
-def mddq_backward_source(irreps: str, scheme: str) -> str:
+def mddq_backward_source(irreps: str, scheme: str, schedule: RowSchedule = UNTUNED) -> str:
     """TVMScript of ``main(grad, x, scale, gx)``; arguments and errors as :func:`lower_mddq`."""
     chosen = activation_scheme(scheme)
     body: list[str] = []
     for block in mddq_blocks(irreps):
-        e = Emitter(block_lanes(block.mul, LANES))
+        e = Emitter(block_lanes(block.mul, schedule.lanes))
         body += tiled(block.mul, e.lanes, mddq_backward_lines(e, block, chosen))
-    return _text(irreps, ("grad", "x"), "gx", body)
+    return _text(irreps, ("grad", "x"), "gx", body, schedule)
 
 
 def mddq_lines(e: Emitter, block: Block, scheme: ActivationScheme) -> list[str]:
@@ -86,8 +88,9 @@ def mddq_backward_lines(e: Emitter, block: Block, scheme: ActivationScheme) -> l
     return _stored(e, block, _gradient(e, block, scheme), "gx")
 
 
-def _text(irreps: str, inputs: tuple[str, ...], output: str, body: list[str]) -> str:
-    return kernel_text(buffers(irreps, inputs, output), row_loop(body, (1 + len(inputs)) * dim(irreps)))
+def _text(irreps: str, inputs: tuple[str, ...], output: str, body: list[str], schedule: RowSchedule) -> str:
+    rows = row_loop(body, (1 + len(inputs)) * dim(irreps), schedule=schedule)
+    return kernel_text(buffers(irreps, inputs, output), rows)
 
 
 def buffers(irreps: str, inputs: tuple[str, ...], output: str) -> list[tuple[str, str, str]]:

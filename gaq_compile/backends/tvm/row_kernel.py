@@ -8,17 +8,53 @@ calling thread, and a larger one in parallel over blocks of rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from .emit import literal, loop, splat
 
 LANES = 16  # channels handled at once; LLVM splits them on targets with narrower registers
-SERIAL_WORK = 16384  # floats touched below which threads cost more than they bring
-_BLOCK_WORK = 4096  # floats touched per block of rows
+
+
+@dataclass(frozen=True)
+class RowSchedule:
+    """The constants of a small kernel that tuning may change.
+
+    Attributes:
+        lanes: channels handled at once, at most.
+        serial_work: floats touched below which threads cost more than they bring.
+        block_work: floats touched per block of rows.
+    """
+
+    lanes: int = LANES
+    serial_work: int = 16384
+    block_work: int = 4096
+
+
+UNTUNED = RowSchedule()
+
+
+def row_schedule_from(fields: Mapping[str, Any]) -> RowSchedule:
+    """A schedule from its fields in JSON.
+
+    Raises:
+        ValueError, TypeError, KeyError: if they make no schedule.
+    """
+    found = RowSchedule(int(fields["lanes"]), int(fields["serial_work"]), int(fields["block_work"]))
+    if found.lanes not in (1, 2, 4, 8, 16, 32, 64) or found.serial_work < 0 or found.block_work < 1:
+        raise ValueError(f"constants out of range: {dict(fields)}")
+    return found
 
 
 def row_loop(
-    body: Sequence[str], work: int, *, step: int = 1, setup: Sequence[str] = (), once: bool = False
+    body: Sequence[str],
+    work: int,
+    *,
+    step: int = 1,
+    setup: Sequence[str] = (),
+    once: bool = False,
+    schedule: RowSchedule = UNTUNED,
 ) -> list[str]:
     """Run ``body`` for every row, or for every tile of ``step`` rows.
 
@@ -29,12 +65,13 @@ def row_loop(
         step: rows per tile.
         setup: statements that come once for each block of rows: memory of the thread is not free.
         once: write the body once, for blocks in parallel, however few: a long one takes long to compile.
+        schedule: when there are threads, and what one of them takes at a time.
 
     Returns:
         Statements that use the number of rows, ``n``.
     """
-    serial = max(1, SERIAL_WORK // max(1, work * step))
-    block = max(1, _BLOCK_WORK // max(1, work * step))
+    serial = max(1, schedule.serial_work // max(1, work * step))
+    block = max(1, schedule.block_work // max(1, work * step))
     tiles = "n" if step == 1 else f"((n + {step - 1}) // {step})"
     place = f" * {step}" if step > 1 else ""
     alone = loop(f"r in T.serial({tiles})", [f"i: T.let = r{place}", *body])

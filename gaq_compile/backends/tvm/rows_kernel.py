@@ -23,7 +23,7 @@ from .dense_kernel import Frame, arguments, task_lines, tile_buffers
 from .emit import block_lanes, kernel_text, literal, loop, splat
 from .launch import Input, Launch, Output, always, most_rows, refuse
 from .linear import LinearKernel
-from .row_kernel import LANES, SERIAL_WORK, Emitter, row_loop
+from .row_kernel import LANES, UNTUNED, Emitter, row_loop
 from .rows_operators import components, emit_operator
 from .rows_plan import (
     Argument,
@@ -169,7 +169,7 @@ class _Writer:
             *some,
         ]
         return [
-            f"if n * {work} <= {SERIAL_WORK}:",
+            f"if n * {work} <= {UNTUNED.serial_work}:",
             *("    " + line for line in loop("b in T.serial(1)", [*setup, *alone])),
             "else:",
             *(

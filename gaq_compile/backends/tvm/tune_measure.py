@@ -4,7 +4,7 @@ Candidates are compiled by MetaSchedule's ``LocalBuilder`` (a pool of processes,
 are timed in one process of the pool that MetaSchedule's ``LocalRunner`` uses too; its own evaluator is
 not used, because a candidate is timed in alternation with the default, on the same data, after its
 outputs have been compared with the default's. On a machine that others use as well, the ratio of two
-alternating medians is steady where single times are not.
+alternating medians is steady where single times are not. (Other machines: :mod:`.tune_remote`.)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,17 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .build import _load_library, build_executable, import_tvm
-from .database import KernelKey
+from .database import KernelKey, threads
 from .tune_space import FAMILIES, Call, Candidate
 
+Timer = Callable[[int], float]
+"""Calls a kernel so many times and returns the seconds of one call."""
 TOLERANCE = 1e-5
 """Relative to the largest output: float sums may be contracted otherwise, integers never differ."""
+OTHER_RESULT = "another result than the default's"
 _SAMPLE = 3e-3  # seconds that one timing lasts at least
 _HOPELESS = 1.3
 
@@ -59,10 +63,13 @@ class Timing:
 
 
 class Workers:
-    """The processes that build and time candidates; use it as a context.
+    """The processes that build and time candidates on this machine; use it as a context.
 
     Args:
         timeout: seconds after which a build or a measurement is given up.
+
+    Attributes:
+        pool: one process, started again if something takes it down.
     """
 
     def __init__(self, timeout: float = 60.0) -> None:
@@ -77,14 +84,14 @@ class Workers:
             f_build=_build,
             f_export=partial(_export, folder=self._folder.name),
         )
-        self._pool = PopenPoolExecutor(max_workers=1, timeout=timeout)
+        self.pool = PopenPoolExecutor(max_workers=1, timeout=timeout)
         self._built: dict[str, Path | str] = {}
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+        self.pool.shutdown()
         self._folder.cleanup()
 
     def build(self, candidates: Sequence[Candidate], target: str) -> list[Path | str]:
@@ -106,7 +113,7 @@ class Workers:
 
     def measure(self, key: KernelKey, default: Built, other: Built, rounds: int) -> Timing:
         """Time a candidate against the default, ``rounds`` times each, in the worker."""
-        future = self._pool.submit(_compare, key, default, other, rounds)
+        future = self.pool.submit(_compare, key, default, other, rounds)
         try:
             return future.result()
         except TimeoutError:
@@ -146,18 +153,31 @@ def _compare(key: KernelKey, default: Built, other: Built, rounds: int) -> Timin
     torch.set_num_threads(1)  # torch's own pool spins for a while after it has worked
     family = FAMILIES[key.family]
     first, second = (
-        family.example(key, built.schedule, _load_library(Path(built.library))) for built in (default, other)
+        family.example(key, built.schedule, threads(), _load_library(Path(built.library)))
+        for built in (default, other)
     )
     wanted = [t.clone() for t in first()]
-    for want, got in zip(wanted, second(), strict=True):
-        bound = TOLERANCE * float(want.abs().max())
-        if not bool(torch.isfinite(got).all()) or float((got - want).abs().max()) > bound:
-            return Timing(error="another result than the default's")
-    calls = max(1, int(_SAMPLE / max(_seconds(first, 3), 1e-7)))
-    _seconds(second, calls)
+    if not agree(wanted, second()):
+        return Timing(error=OTHER_RESULT)
+    return alternate(partial(_seconds, first), partial(_seconds, second), rounds)
+
+
+def agree(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+    """Whether a candidate's outputs are the default's, to ``TOLERANCE``."""
+    return all(
+        bool(torch.isfinite(got).all())
+        and float((got - want).abs().max()) <= TOLERANCE * float(want.abs().max())
+        for want, got in zip(wanted, found, strict=True)
+    )
+
+
+def alternate(first: Timer, second: Timer, rounds: int) -> Timing:
+    """Time the default (``first``) and a candidate by turns; a hopeless candidate gets three rounds."""
+    calls = max(1, int(_SAMPLE / max(first(3), 1e-7)))
+    second(calls)
     pairs: list[tuple[float, float]] = []
     for i in range(rounds):
-        pairs.append((_seconds(first, calls), _seconds(second, calls)))
+        pairs.append((first(calls), second(calls)))
         if i == 2 and min(s for _, s in pairs) > _HOPELESS * min(f for f, _ in pairs):
             break
     wins = sum(s < f for f, s in pairs) / len(pairs)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import database
-from .database import KernelKey, Record, threads
+from .database import KernelKey, Record
 from .tune_measure import Built, Timing, Workers
 from .tune_space import FAMILIES, Candidate, Choice, candidate, choices
 
@@ -70,26 +70,29 @@ class _Tried:
     timing: Timing
 
 
-def search(key: KernelKey, trials: int, workers: Callable[[], Workers], progress: Progress) -> Outcome:
+def search(
+    key: KernelKey, trials: int, threads: int, workers: Callable[[], Workers], progress: Progress
+) -> Outcome:
     """Find a kernel's schedule with at most ``trials`` candidates, and store what is found.
 
     Args:
         key: the kernel.
         trials: candidates to measure, counting those that the database holds.
+        threads: of the machine that measures.
         workers: gives the processes that build and measure; asked only if there is something to do.
         progress: told after every candidate: how many, and a line on how it stands.
     """
-    default = candidate(key, FAMILIES[key.family].default(key))
+    default = candidate(key, FAMILIES[key.family].default(key), threads)
     tried: list[_Tried] = []
     fresh = 0
-    space = choices(key)
+    space = choices(key, threads)
     while len(tried) < trials:
-        batch = _propose(key, space, tried, default)[: trials - len(tried)]
+        batch = _propose(key, threads, space, tried, default)[: trials - len(tried)]
         if not batch:
             break  # every candidate there is has been measured
-        known = database.trials(key, threads())
+        known = database.trials(key, threads)
         unknown = [c for _, c in batch if c.code not in known]
-        measured = _measure(key, default, unknown, workers) if unknown else iter(())
+        measured = _measure(key, threads, default, unknown, workers) if unknown else iter(())
         for choice, made in batch:
             if made.code in known:
                 timing = _timing(known[made.code])
@@ -100,11 +103,11 @@ def search(key: KernelKey, trials: int, workers: Callable[[], Workers], progress
             progress(1, f"best {1 / best:.2f}x")
     if trials > len(tried):
         progress(trials - len(tried), "every candidate is measured")
-    return _decide(key, default, tried, fresh, workers)
+    return _decide(key, threads, default, tried, fresh, workers)
 
 
 def _propose(
-    key: KernelKey, space: list[Choice], tried: list[_Tried], default: Candidate
+    key: KernelKey, threads: int, space: list[Choice], tried: list[_Tried], default: Candidate
 ) -> list[tuple[Choice, Candidate]]:
     """The next batch: a function of the key and of what has been measured only."""
     number = len(tried) // BATCH
@@ -115,12 +118,12 @@ def _propose(
     whole = tried[: number * BATCH]  # a batch that was cut off is proposed again, not forgotten
     orders = [iter(_spread(mixed))]
     if whole:
-        orders = [iter(mixed), iter(_by_model(key, mixed, whole))]
+        orders = [iter(mixed), iter(_by_model(key, threads, mixed, whole))]
     seen = {default.code, *(t.candidate.code for t in whole)}
     batch: list[tuple[Choice, Candidate]] = []
     while len(batch) < BATCH:
         order = orders[0] if len(batch) < EXPLORE or len(orders) == 1 else orders[1]
-        found = _next(key, order, seen)
+        found = _next(key, threads, order, seen)
         if found is None:
             break
         seen.add(found[1].code)
@@ -128,9 +131,11 @@ def _propose(
     return batch[len(tried) - len(whole) :]
 
 
-def _next(key: KernelKey, order: Iterator[Choice], seen: set[str]) -> tuple[Choice, Candidate] | None:
+def _next(
+    key: KernelKey, threads: int, order: Iterator[Choice], seen: set[str]
+) -> tuple[Choice, Candidate] | None:
     for choice in order:
-        made = candidate(key, FAMILIES[key.family].schedule(key, choice))
+        made = candidate(key, FAMILIES[key.family].schedule(key, choice), threads)
         if made.code not in seen:
             return choice, made
     return None
@@ -149,9 +154,9 @@ def _spread(mixed: list[Choice]) -> list[Choice]:
     return order + rest
 
 
-def _by_model(key: KernelKey, space: list[Choice], tried: list[_Tried]) -> list[Choice]:
+def _by_model(key: KernelKey, threads: int, space: list[Choice], tried: list[_Tried]) -> list[Choice]:
     """All choices, the fastest by the model first."""
-    options = FAMILIES[key.family].options(key)
+    options = FAMILIES[key.family].options(key, threads)
     places = {(k, str(v)): i for i, (k, v) in enumerate((k, v) for k, vs in options.items() for v in vs)}
 
     def rows(items: list[Choice]) -> np.ndarray:
@@ -171,14 +176,18 @@ def _by_model(key: KernelKey, space: list[Choice], tried: list[_Tried]) -> list[
 
 
 def _measure(
-    key: KernelKey, default: Candidate, batch: list[Candidate], workers: Callable[[], Workers]
+    key: KernelKey,
+    threads: int,
+    default: Candidate,
+    batch: list[Candidate],
+    workers: Callable[[], Workers],
 ) -> Iterator[Timing]:
     """Build a batch, then time one candidate after another; each is stored before the next starts."""
     libraries = workers().build([default, *batch], key.target)
     for made, library in zip(batch, libraries[1:], strict=True):
         timing = _time(key, (default, libraries[0]), (made, library), ROUNDS, workers)
         facts = {"schedule": made.schedule, "code": made.code, **_facts(timing)}
-        database.append(key.target, key.record("trial", threads(), **facts))
+        database.append(key.target, key.record("trial", threads, **facts))
         yield timing
 
 
@@ -211,14 +220,19 @@ def _timing(record: Record) -> Timing:
 
 
 def _decide(
-    key: KernelKey, default: Candidate, tried: list[_Tried], fresh: int, workers: Callable[[], Workers]
+    key: KernelKey,
+    threads: int,
+    default: Candidate,
+    tried: list[_Tried],
+    fresh: int,
+    workers: Callable[[], Workers],
 ) -> Outcome:
     """Measure the best candidates against the default once more; store the choice."""
-    stored = database.choice(key, threads())
+    stored = database.choice(key, threads)
     if (
         stored is not None
         and not fresh
-        and (stored.get("default_code"), stored.get("threads")) == (default.code, threads())
+        and (stored.get("default_code"), stored.get("threads")) == (default.code, threads)
         and stored.get("trials", 0) >= len(tried)
     ):
         return _outcome(key, stored, tried, fresh)
@@ -236,7 +250,7 @@ def _decide(
         final = Timing(usual, usual, floor=1.0)
     record = key.record(
         "choice",
-        threads(),
+        threads,
         schedule=best.schedule,
         default_code=default.code,
         changed=best is not default,

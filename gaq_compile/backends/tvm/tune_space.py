@@ -17,17 +17,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...ir.layout import blocks, dim
-from ...ir.specs import tensor_product_spec
+from ...ir.layout import blocks, channels, dim
+from ...ir.specs import gate_spec, tensor_product_spec
 from .build import kernel_key
 from .conv import backward_source, forward_source
 from .conv_schedule import ConvSchedule, conv_schedule_from
 from .conv_terms import conv_problem
-from .database import KernelKey, threads
+from .database import KernelKey
 from .dense_kernel import dense_text
 from .dense_plan import DensePlan, DenseSchedule, LinearProblem, default_schedule, make_plan
 from .emit import vector_lanes
+from .gate_kernel import gate_backward_source, gate_source
 from .linear import launch, lower_linear, schedule_from
+from .mddq_kernel import mddq_backward_source, mddq_source
+from .row_kernel import UNTUNED, RowSchedule, row_schedule_from
 from .vnni import vector_unit
 
 Choice = dict[str, Any]
@@ -48,8 +51,8 @@ class Candidate:
 class Family(Protocol):
     """A kind of kernel that can be tuned."""
 
-    def options(self, key: KernelKey) -> dict[str, tuple[Any, ...]]:
-        """The values that each constant may take."""
+    def options(self, key: KernelKey, threads: int) -> dict[str, tuple[Any, ...]]:
+        """The values that each constant may take, on a machine with so many threads."""
 
     def default(self, key: KernelKey) -> dict[str, Any]:
         """The fields of the schedule that runs when nothing is stored."""
@@ -57,10 +60,12 @@ class Family(Protocol):
     def schedule(self, key: KernelKey, choice: Choice) -> dict[str, Any]:
         """The fields of the schedule that a choice stands for."""
 
-    def text(self, key: KernelKey, schedule: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
+    def text(self, key: KernelKey, schedule: dict[str, Any], threads: int) -> tuple[str, tuple[Any, ...]]:
         """The kernel's text, and how it is launched."""
 
-    def example(self, key: KernelKey, schedule: dict[str, Any], kernel: Callable[..., None]) -> Call:
+    def example(
+        self, key: KernelKey, schedule: dict[str, Any], threads: int, kernel: Callable[..., None]
+    ) -> Call:
         """A call of the compiled text on the key's seeded example; it returns the kernel's outputs."""
 
     def work(self, problem: str) -> int:
@@ -68,9 +73,13 @@ class Family(Protocol):
 
 
 class LinearFamily:
-    """Linear maps: register tile, rows of a task, order of the loops, serial or parallel."""
+    """Linear maps: register tile, rows of a task, order of the loops, and serial or parallel.
 
-    def options(self, key: KernelKey) -> dict[str, tuple[Any, ...]]:
+    The last only where there are threads to choose between: what one thread finds says nothing about
+    the threshold, and its choices serve machines with more.
+    """
+
+    def options(self, key: KernelKey, threads: int) -> dict[str, tuple[Any, ...]]:
         """Tiles that the registers hold, and the loop order and threshold only where they matter."""
         unit = vector_unit(key.target)
         default = default_schedule(unit)
@@ -81,7 +90,7 @@ class LinearFamily:
                 if vectors * (height + 1) + 1 <= unit.registers and vectors * height >= unit.registers // 4:
                     tiles.append((*default.rows[: vectors - 1], height))
         work = key.rows * plan.work_per_row
-        near = default.serial_work // _FLIP <= work <= default.serial_work * _FLIP
+        near = default.serial_work // _FLIP <= work <= default.serial_work * _FLIP and threads > 1
         vectors = any(b.components > 1 for b in blocks(problem.irreps_out))
         return {
             "rows": tuple(tiles),
@@ -103,19 +112,21 @@ class LinearFamily:
         made = DenseSchedule(choice["rows"], choice["task_rows"], threshold, choice["components_first"])
         return _fields(made)
 
-    def text(self, key: KernelKey, schedule: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
+    def text(self, key: KernelKey, schedule: dict[str, Any], threads: int) -> tuple[str, tuple[Any, ...]]:
         """The kernel's text, and whether it runs in parallel with rows of a task."""
         plan = _plan(key, schedule_from(schedule))
-        parallel, task = launch(plan, key.rows, threads())
+        parallel, task = launch(plan, key.rows, threads)
         return dense_text(plan, parallel), (parallel, task)
 
-    def example(self, key: KernelKey, schedule: dict[str, Any], kernel: Callable[..., None]) -> Call:
+    def example(
+        self, key: KernelKey, schedule: dict[str, Any], threads: int, kernel: Callable[..., None]
+    ) -> Call:
         """A call on seeded rows, with the weights and steps as the kernel packs them."""
         problem = _problem(key)
         x, tensors = _linear_tensors(problem, key.rows)
         lowered = lower_linear(problem, *tensors, key.target, schedule_from(schedule))
         y = torch.empty(key.rows, dim(problem.irreps_out))
-        _, task = launch(lowered.plan, key.rows, threads())
+        _, task = launch(lowered.plan, key.rows, threads)
 
         def call() -> Sequence[Tensor]:
             kernel(x, y, *lowered.constants, task)
@@ -139,7 +150,7 @@ class ConvFamily:
     def __init__(self, backward: bool) -> None:
         self.backward = backward
 
-    def options(self, key: KernelKey) -> dict[str, tuple[Any, ...]]:
+    def options(self, key: KernelKey, threads: int) -> dict[str, tuple[Any, ...]]:
         """Edges of a chunk, registers of sums (forward only), and where to prefetch to."""
         lanes = vector_lanes(key.target)
         sums = (8, 10, 12) if lanes == 8 else (8, 12, 16, 20, 24, 28)
@@ -157,13 +168,15 @@ class ConvFamily:
         """A choice has the schedule's own fields."""
         return asdict(ConvSchedule(**choice))
 
-    def text(self, key: KernelKey, schedule: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
+    def text(self, key: KernelKey, schedule: dict[str, Any], threads: int) -> tuple[str, tuple[Any, ...]]:
         """The kernel's text; it needs nothing else to be launched."""
         source = backward_source if self.backward else forward_source
         spec = str(json.loads(key.problem)["spec"])
         return source(spec, vector_lanes(key.target), conv_schedule_from(schedule)), ()
 
-    def example(self, key: KernelKey, schedule: dict[str, Any], kernel: Callable[..., None]) -> Call:
+    def example(
+        self, key: KernelKey, schedule: dict[str, Any], threads: int, kernel: Callable[..., None]
+    ) -> Call:
         """A call on seeded features of a regular graph; gradients if backward."""
         spec = tensor_product_spec(str(json.loads(key.problem)["spec"]))
         edges, nodes = _graph(key.rows)
@@ -191,23 +204,118 @@ class ConvFamily:
         return 3 * once if self.backward else once
 
 
+@dataclass(frozen=True)
+class RowKernel:
+    """A small kernel as tuning sees it.
+
+    Attributes:
+        source: its text for a problem and a schedule.
+        widths: of its float tensors with rows, inputs first, the output last.
+        constants: what it takes between these; seeded.
+    """
+
+    source: Callable[[dict[str, str], RowSchedule], str]
+    widths: Callable[[dict[str, str]], tuple[int, ...]]
+    constants: Callable[[dict[str, str], torch.Generator], tuple[Tensor, ...]] = lambda _, __: ()
+
+
+class RowFamily:
+    """Gates and quantization: channels at once, and where threads pay, rows of a block.
+
+    Args:
+        kernel: which of them.
+    """
+
+    def __init__(self, kernel: RowKernel) -> None:
+        self.kernel = kernel
+
+    def options(self, key: KernelKey, threads: int) -> dict[str, tuple[Any, ...]]:
+        """Blocks, and serial or parallel, only where there are threads to share (as for linears)."""
+        shared, alone = threads > 1, key.rows * self.work(key.problem) <= UNTUNED.serial_work
+        return {
+            "lanes": (8, 16, 32),
+            "serial": (False, True) if shared else (alone,),
+            "block_work": (1024, 4096, 16384, 65536) if shared else (UNTUNED.block_work,),
+        }
+
+    def default(self, key: KernelKey) -> dict[str, Any]:
+        """The fields of the untuned schedule."""
+        return asdict(UNTUNED)
+
+    def schedule(self, key: KernelKey, choice: Choice) -> dict[str, Any]:
+        """The choice's fields; the threshold, where it is to move, to the other side of the work."""
+        work, threshold = key.rows * self.work(key.problem), UNTUNED.serial_work
+        if (work <= threshold) != choice["serial"]:
+            threshold = 4 * work if choice["serial"] else work // 4
+        return asdict(RowSchedule(choice["lanes"], threshold, choice["block_work"]))
+
+    def text(self, key: KernelKey, schedule: dict[str, Any], threads: int) -> tuple[str, tuple[Any, ...]]:
+        """The kernel's text; it needs nothing else to be launched."""
+        return self.kernel.source(json.loads(key.problem), row_schedule_from(schedule)), ()
+
+    def example(
+        self, key: KernelKey, schedule: dict[str, Any], threads: int, kernel: Callable[..., None]
+    ) -> Call:
+        """A call on seeded rows."""
+        problem, g = json.loads(key.problem), torch.Generator().manual_seed(0)
+        *given, made = self.kernel.widths(problem)
+        inputs = [torch.randn(key.rows, width, generator=g) for width in given]
+        constants, out = self.kernel.constants(problem, g), torch.empty(key.rows, made)
+
+        def call() -> Sequence[Tensor]:
+            kernel(*inputs, *constants, out)
+            return (out,)
+
+        return call
+
+    def work(self, problem: str) -> int:
+        """Floats read and written per row; a multiplication each, as far as shares are concerned."""
+        return sum(self.kernel.widths(json.loads(problem)))
+
+
+def _gate_widths(problem: dict[str, str]) -> tuple[int, int]:
+    spec = gate_spec(problem["spec"])
+    return dim(spec.irreps_in), dim(spec.irreps_out)
+
+
+def _mddq_steps(problem: dict[str, str], g: torch.Generator) -> tuple[Tensor, ...]:
+    return (0.01 + 0.01 * torch.rand(channels(problem["irreps"]), generator=g),)
+
+
+ROW_KERNELS = {
+    "gate": RowKernel(lambda p, s: gate_source(p["spec"], s), _gate_widths),
+    "gate_backward": RowKernel(
+        lambda p, s: gate_backward_source(p["spec"], s),
+        lambda p: (_gate_widths(p)[1], _gate_widths(p)[0], _gate_widths(p)[0]),
+    ),
+    "mddq": RowKernel(
+        lambda p, s: mddq_source(p["irreps"], p["scheme"], s), lambda p: (dim(p["irreps"]),) * 2, _mddq_steps
+    ),
+    "mddq_backward": RowKernel(
+        lambda p, s: mddq_backward_source(p["irreps"], p["scheme"], s),
+        lambda p: (dim(p["irreps"]),) * 3,
+        _mddq_steps,
+    ),
+}
+
 FAMILIES: dict[str, Family] = {
     "linear": LinearFamily(),
     "conv": ConvFamily(False),
     "conv_backward": ConvFamily(True),
+    **{name: RowFamily(kernel) for name, kernel in ROW_KERNELS.items()},
 }
 
 
-def candidate(key: KernelKey, schedule: dict[str, Any]) -> Candidate:
-    """A schedule with the text and the hash of the code that it leads to."""
-    source, launched = FAMILIES[key.family].text(key, schedule)
+def candidate(key: KernelKey, schedule: dict[str, Any], threads: int) -> Candidate:
+    """A schedule with the text and the hash of the code that it leads to on so many threads."""
+    source, launched = FAMILIES[key.family].text(key, schedule, threads)
     identity = f"{kernel_key(source, key.target)} {launched}"
     return Candidate(schedule, source, hashlib.sha256(identity.encode()).hexdigest()[:16])
 
 
-def choices(key: KernelKey) -> list[Choice]:
+def choices(key: KernelKey, threads: int) -> list[Choice]:
     """Every combination of a kernel's options."""
-    options = FAMILIES[key.family].options(key)
+    options = FAMILIES[key.family].options(key, threads)
     return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
 
 
@@ -246,10 +354,14 @@ def _linear_tensors(
     return x, (weight, scale, steps, bias)
 
 
+def graph_size(edges: int) -> int:
+    """Nodes of the graph that a convolution with so many edges is measured on."""
+    return max(1, edges // _DEGREES.get(edges, 16))
+
+
 def _graph(edges: int) -> tuple[list[Tensor], int]:
     """A regular graph as the convolution takes it, and how many nodes it has."""
-    degree = _DEGREES.get(edges, 16)
-    nodes = max(1, edges // degree)
+    degree, nodes = _DEGREES.get(edges, 16), graph_size(edges)
     index = torch.arange(edges)
     receivers = torch.clamp(index // degree, max=nodes - 1)
     senders = (receivers + 1 + 3 * (index % degree)) % nodes

@@ -1,0 +1,44 @@
+"""Which of a small kernel's functions runs: the one tuned for so many rows, or the default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from .build import compile_kernel
+from .database import bucket, problem_text, threads, tuned
+from .launch import Choice, Launch, Part, always
+from .row_kernel import UNTUNED, RowSchedule, row_schedule_from
+
+
+def row_launch(
+    family: str,
+    problem: dict[str, str],
+    parts: tuple[Part, ...],
+    source: Callable[[RowSchedule], str],
+    target: str,
+) -> Launch:
+    """A kernel whose rows are worked through by :func:`.row_kernel.row_loop`.
+
+    Args:
+        family, problem: as the tuning database knows it.
+        parts: what the kernel takes, in its order.
+        source: its text with a schedule.
+        target: a TVM target in JSON.
+
+    Raises:
+        LoweringError: if TVM rejects the kernel.
+    """
+    default = always(compile_kernel(source(UNTUNED), target))
+    stored = tuned(family, problem, target, threads(), row_schedule_from)
+    other = {rows: schedule for rows, schedule in stored.items() if schedule != UNTUNED}
+
+    @cache
+    def made(schedule: RowSchedule) -> Choice:
+        return Choice(compile_kernel(source(schedule), target))
+
+    def choose(rows: int) -> Choice:
+        schedule = other.get(bucket(rows))
+        return default(rows) if schedule is None else made(schedule)
+
+    return Launch(parts, choose if other else default, tuning=(family, problem_text(problem)))

@@ -21,7 +21,7 @@ pytest.importorskip("tvm")
 
 from gaq_compile.backends.tvm import launch
 from gaq_compile.backends.tvm.build import compile_kernel, host_target
-from gaq_compile.backends.tvm.row_kernel import SERIAL_WORK
+from gaq_compile.backends.tvm.row_kernel import UNTUNED
 from gaq_compile.backends.tvm.rows_kernel import lower_rows, rows_source
 from gaq_compile.backends.tvm.rows_plan import make_plan
 from gaq_compile.operators.reference import sort_edges
@@ -177,8 +177,8 @@ def test_few_edges_are_below_and_many_above_what_is_worth_threads(row: tuple[int
     """So that the other tests run the kernel's both ways."""
     g = _Group()
     text = rows_source(make_plan(g.fused(g.sum(g.argument(*row))), host_target()))
-    (work,) = re.findall(rf"if n \* (\d+) <= {SERIAL_WORK}:", text)
-    assert FEW * int(work) <= SERIAL_WORK < MANY * int(work) and "T.parallel" in text
+    (work,) = re.findall(rf"if n \* (\d+) <= {UNTUNED.serial_work}:", text)
+    assert FEW * int(work) <= UNTUNED.serial_work < MANY * int(work) and "T.parallel" in text
 
 
 def test_atoms_without_edges_are_zero() -> None:

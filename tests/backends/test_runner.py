@@ -197,10 +197,10 @@ def test_places_are_planned_with_room_to_grow(layer) -> None:
     segment = layer()
     _check(segment, _given(segment, _inputs(64, 640)))
     memory = segment.arena.memory
-    for atoms, edges in ((68, 680), (10, 30), (64, 680)):
+    for atoms, edges in ((65, 650), (10, 30), (64, 650)):
         _check(segment, _given(segment, _inputs(atoms, edges)))
         assert segment.arena.memory is memory
-    _check(segment, _given(segment, _inputs(68, 681)))
+    _check(segment, _given(segment, _inputs(65, 651)))
     assert segment.arena.memory.numel() > memory.numel()
 
 

@@ -68,7 +68,8 @@ def read_file(path: Path, magic: str) -> tuple[dict[str, Any], dict[str, Tensor]
                 raise FileFormatError(
                     "not a gaq_compile file", where=str(path), fix="pass a file made by Potential.save"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            # Copies: the last bits of a matrix product depend on where in memory its factors begin.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
         header = json.loads(metadata[magic])
     except FileFormatError:
         raise

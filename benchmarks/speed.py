@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -38,6 +37,7 @@ from accuracy import write
 from gaq_compile.config import AUTO, PRESETS
 from gaq_compile.errors import GaqError, VerificationError
 from gaq_compile.tools.bench import Settings, environment, find_allocator
+from gaq_compile.tools.machine import processor
 from gaq_compile.verify.measure import measured_run
 from speed_cases import CASES, TIMESTEP_FS, Case
 from speed_children import MARK
@@ -235,16 +235,6 @@ def build(result: dict[str, Any], case: Case, options: argparse.Namespace) -> Ro
         return row | child("aoti", options, case.model, [AOTI], case.name)[1]
     except VerificationError as error:
         return row | {"reason": reason_of(error)}
-
-
-def processor() -> str:
-    """This machine's CPU, as the system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return found[0] if found else platform.machine()
 
 
 def finish(result: dict[str, Any], options: argparse.Namespace, console: Console) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import re
 import shlex
 import sys
@@ -42,7 +41,7 @@ from gaq_compile.datasets import example_structures
 from gaq_compile.ir.layout import dim
 from gaq_compile.ir.specs import tensor_product_spec
 from gaq_compile.potential import Potential
-from gaq_compile.tools.machine import Machine, measure_machine
+from gaq_compile.tools.machine import Machine, measure_machine, processor
 from gaq_compile.tools.roofline import linear_operations, product_gradient_operations, product_operations
 from gaq_compile.tools.tune import GetWorkers, KernelTask, kernel_tasks, measured_on, tune_tasks
 
@@ -268,16 +267,6 @@ def ship(kernels: Rows, threads: int, target: str, path: Path) -> int:
 
 def _identity(facts: Mapping[str, Any]) -> tuple[Any, ...]:
     return facts["family"], facts["problem"], facts["rows"]
-
-
-def processor() -> str:
-    """The processor's name, as the system has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return found[0] if found else platform.machine()
 
 
 if __name__ == "__main__":  # candidates are built and measured in processes that import this file

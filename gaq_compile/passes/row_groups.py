@@ -201,7 +201,7 @@ class _Again:
         if node not in self.members or not self.wide(node) or self.shapes[node].dtype is not torch.float32:
             return None
         if node.target in GATHERS:
-            return None if self._has_edges(node.args[0]) else 1
+            return None if self.has_edges(node.args[0]) else 1
         if node.target not in _CHEAP | VIEWS:
             return None
         parts = [self._steps(a) if a in self.members else 0 for a in node.all_input_nodes if self.wide(a)]
@@ -210,7 +210,8 @@ class _Again:
         total = sum(parts) + (node.target in _CHEAP)  # type: ignore[arg-type]
         return total if total <= _MOST_AGAIN else None
 
-    def _has_edges(self, node: object) -> bool:
+    def has_edges(self, node: object) -> bool:
+        """Whether a value has a row for each edge."""
         return isinstance(node, Node) and node in self.shapes and self.shapes[node].rows == "edge"
 
     def _of_ends(self, node: Node) -> bool:
@@ -218,7 +219,7 @@ class _Again:
         if node.target in GATHERS:
             index = gather_index(node)
             return index is not None and (_is_end(index) or _part(index) == "bond")
-        if node.target in VIEWS and not self._has_edges(node.args[0]):
+        if node.target in VIEWS and not self.has_edges(node.args[0]):
             return False  # of a constant, spread over as many rows as there are edges
         return all(self._of_ends(a) for a in node.all_input_nodes if self(a))
 
@@ -306,7 +307,7 @@ class _Inner:
 
     def _value(self, node: Node, edge: str | None) -> Node:
         """A value for this group: with ``edge``, of that edge of every bond."""
-        if edge and not self._has_edges(node):
+        if edge and not self.again.has_edges(node):
             edge = None  # a table
         if (node, edge) in self._values:
             return self._values[node, edge]
@@ -326,9 +327,6 @@ class _Inner:
                 self.shapes[made] = self.outer[node]
             self._inputs[node] = made
         return self._inputs[node]
-
-    def _has_edges(self, node: Node) -> bool:
-        return node in self.outer and self.outer[node].rows == "edge"
 
     def _repeated(self, node: Node, edge: str | None) -> Node:
         if edge is None:

@@ -9,9 +9,11 @@ fits a cache shows that cache's bandwidth.
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +71,16 @@ def best(bandwidth: Mapping[int, float], size: float) -> float:
     """The highest bandwidth measured at ``size`` bytes or more; beyond all, the largest size's."""
     found = [speed for measured, speed in bandwidth.items() if measured >= size]
     return max(found) if found else bandwidth[max(bandwidth)]
+
+
+def processor() -> str:
+    """This machine's CPU, as the system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.machine()
 
 
 def measure_machine(seconds: float = _SECONDS, tries: int = 5) -> Machine:

@@ -176,7 +176,7 @@ def load(
 
     content = read(Path(path))
     backends = _backends(backend, target)
-    grouped = group_rows(content.graph, content.form, backends[0].groups_linears, backends[0].groups_sums)
+    grouped = group_rows(content.graph, content.form, *_joined(backends[0]))
     lowered, placements = lower(grouped, backends, strict)
     on_gpu = is_cuda(backends[0].target)
     report = replace(content.report, placements=placements)
@@ -212,8 +212,7 @@ class _Built:
 
 def _build(trace: _Trace, config: QuantConfig) -> _Built:
     subject, takes = trace.subject, trace.backends[0]
-    joined = (takes.groups_linears, takes.groups_sums)  # what groups of rows take in
-    key, choice = _build_key(subject, config, joined), dict[str, Any]()
+    key, choice = _build_key(subject, config, _joined(takes)), dict[str, Any]()
     entry = fetch(key, needed=["fold_integers", "group_rows"])
     if entry is not None:
         stages = entry.graphs
@@ -224,7 +223,7 @@ def _build(trace: _Trace, config: QuantConfig) -> _Built:
             trace.prepared, config, observed, subject.form, subject.example, subject.calibration_batches,
             cached_forces,
         )  # fmt: skip
-        made["group_rows"] = group_rows(made["fold_integers"], subject.form, *joined)
+        made["group_rows"] = group_rows(made["fold_integers"], subject.form, *_joined(takes))
         store(key, made, {})
         stages = Stages(made)
     lowered, placements = lower(stages["group_rows"], trace.backends, trace.strict, trace.progress)
@@ -234,7 +233,12 @@ def _build(trace: _Trace, config: QuantConfig) -> _Built:
     return _Built(config, choice, graphs, placements, potential)
 
 
-def _build_key(subject: Subject, config: QuantConfig, joined: tuple[bool, bool]) -> str | None:
+def _joined(backend: Backend) -> tuple[bool, bool, bool]:
+    """What groups of rows take in, and whether halves are stored, as :func:`group_rows` takes it."""
+    return backend.groups_linears, backend.groups_sums, backend.stores_halves
+
+
+def _build_key(subject: Subject, config: QuantConfig, joined: tuple[bool, ...]) -> str | None:
     """The key of a configuration's graphs: of the captured graph, the configuration, how torch computes, and
     the bytes of all calibration batches, if anything is rounded. None where bits are chosen by measuring.
     """

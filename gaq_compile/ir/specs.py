@@ -15,12 +15,27 @@ from .layout import Block, blocks, lmax, simplified
 
 GRADIENT = "g16"
 """The activation of a gradient in integers (numerics.gradients)."""
+HALF = "f16"
+"""What follows a spec's ``;`` where rows are kept in half precision (:mod:`..passes.store_halves`)."""
 FLOATS = ("f32", GRADIENT)  # activations without a scheme
 
 
 def learned_directions(activation: str, irreps: str) -> bool:
     """Whether an operator's activation scheme takes directions of these irreps from a learned table."""
     return activation not in FLOATS and activation_scheme(activation).vector == "svq" and lmax(irreps) > 0
+
+
+def in_half(spec: str) -> str:
+    """The spec of the same map with rows in half precision: of a linear's output, of a product's weights."""
+    return f"{spec} ; {HALF}"
+
+
+def _storage(text: str) -> tuple[str, bool]:
+    """A spec without what follows its ``;``, and whether that is half precision."""
+    plain, _, stored = text.partition(";")
+    if stored.strip() not in ("", HALF):
+        raise IrrepsError(f"rows cannot be stored as {stored.strip()!r}", where=text)
+    return plain, bool(stored)
 
 
 @dataclass(frozen=True)
@@ -48,12 +63,14 @@ class LinearSpec:
     ``i_in:i_out`` pairs (``"none"`` where there are none). Normalisation is folded into the
     weights. A bias, where there is one, is the concatenation over the ``0e`` output blocks.
     ``scale_offset`` is a path's place in a flat
-    per-output-channel scale vector (one scale per path and output channel).
+    per-output-channel scale vector (one scale per path and output channel). ``"...; f16"``: rows of
+    ``irreps_out`` are float16, the map's results and what its adjoint takes.
     """
 
     irreps_in: str
     irreps_out: str
     pairs: tuple[tuple[int, int], ...]
+    half: bool = False
 
     @property
     def inputs(self) -> tuple[Block, ...]:
@@ -89,7 +106,7 @@ class LinearSpec:
         text = f"{self.irreps_in} -> {self.irreps_out}"
         if self.pairs != _matching_pairs(self.irreps_in, self.irreps_out):
             text += " | " + (" ".join(f"{i}:{j}" for i, j in self.pairs) or "none")
-        return text
+        return in_half(text) if self.half else text
 
 
 def _matching_pairs(irreps_in: str, irreps_out: str) -> tuple[tuple[int, int], ...]:
@@ -106,16 +123,17 @@ def linear_spec(text: str) -> LinearSpec:
     """Parse the string form of :class:`LinearSpec`.
 
     Raises:
-        IrrepsError: if a pair joins blocks of different irreps.
+        IrrepsError: if a pair joins blocks of different irreps, or for an unknown storage type.
     """
-    head, _, tail = text.partition("|")
+    plain, half = _storage(text)
+    head, _, tail = plain.partition("|")
     irreps_in, _, irreps_out = (part.strip() for part in head.partition("->"))
     pairs = _matching_pairs(irreps_in, irreps_out)
     if tail.strip() == "none":
         pairs = ()
     elif tail.strip():
         pairs = tuple(_pair(item) for item in tail.split())
-    spec = LinearSpec(irreps_in, irreps_out, pairs)
+    spec = LinearSpec(irreps_in, irreps_out, pairs, half)
     for path in spec.paths:
         if path.block_in.ir != path.block_out.ir:
             raise IrrepsError(
@@ -151,13 +169,15 @@ class TensorProductSpec:
     The string is ``"<irreps_x> * <irreps_sh> -> <irreps_out> | 0.0.0 1.1.2*0.5 ..."``: the
     instructions ``i_x.i_sh.i_out``, with a coefficient where it is not 1. ``irreps_sh`` has
     multiplicity 1 throughout, ``irreps_out`` may be unsimplified (each instruction its own entry);
-    each instruction owns ``mul`` consecutive per-edge weights, in order.
+    each instruction owns ``mul`` consecutive per-edge weights, in order. ``"...; f16"``: weights, and
+    their gradient, are float16.
     """
 
     irreps_x: str
     irreps_sh: str
     irreps_out: str
     instructions: tuple[tuple[int, int, int, float], ...]
+    half: bool = False
 
     @property
     def paths(self) -> tuple[TensorProductPath, ...]:
@@ -174,7 +194,8 @@ class TensorProductSpec:
 
     def __str__(self) -> str:
         items = (f"{i}.{j}.{k}" + ("" if c == 1.0 else f"*{c!r}") for i, j, k, c in self.instructions)
-        return f"{self.irreps_x} * {self.irreps_sh} -> {self.irreps_out} | {' '.join(items)}"
+        text = f"{self.irreps_x} * {self.irreps_sh} -> {self.irreps_out} | {' '.join(items)}"
+        return in_half(text) if self.half else text
 
 
 @lru_cache(maxsize=4096)
@@ -183,14 +204,14 @@ def tensor_product_spec(text: str) -> TensorProductSpec:
 
     Raises:
         IrrepsError: if an instruction violates the triangle rule or parity, or if multiplicities
-            do not fit ``uvu`` with a multiplicity-1 second operand.
+            do not fit ``uvu`` with a multiplicity-1 second operand, or for an unknown storage type.
     """
-    head, _, tail = text.partition("|")
+    plain, half = _storage(text)
+    head, _, tail = plain.partition("|")
     operands, _, irreps_out = (part.strip() for part in head.partition("->"))
     irreps_x, _, irreps_sh = (part.strip() for part in operands.partition("*"))
-    spec = TensorProductSpec(
-        irreps_x, irreps_sh, irreps_out, tuple(_instruction(item) for item in tail.split())
-    )
+    instructions = tuple(_instruction(item) for item in tail.split())
+    spec = TensorProductSpec(irreps_x, irreps_sh, irreps_out, instructions, half)
     for path in spec.paths:
         a, b, c = path.block_x, path.block_sh, path.block_out
         allowed = abs(a.l - b.l) <= c.l <= a.l + b.l and a.p * b.p == c.p

@@ -77,6 +77,11 @@ def _coupling(l1: int, l2: int, l3: int, dtype: torch.dtype) -> Tensor:
     return o3.wigner_3j(l1, l2, l3, dtype=torch.float64).to(dtype)
 
 
+def round_half(x: Tensor) -> Tensor:
+    """The nearest float16 in the dtype of x: to one part in 2,048, and 2^-24 below 2^-14; infinite from 65,520 on."""
+    return x.half().to(x.dtype)
+
+
 def tensor_product(x: Tensor, sh: Tensor, weight: Tensor, spec: str) -> Tensor:
     """Channelwise tensor product per edge: x (E, dim_x), sh (E, dim_sh), weight (E, weight_numel)."""
     s = tensor_product_spec(spec)

@@ -134,6 +134,7 @@ def int_irreps_linear(
     """
     s = linear_spec(spec)
     plain, weight_scale = _plain(codes, bits, s), weight_scale.float()
+    x = x.float() if s.half and transpose else x
     if scheme == "g16":
         return ref.gradient_linear(x, plain, weight_scale, x_scale, spec)
     held = x_scale
@@ -141,13 +142,15 @@ def int_irreps_linear(
         x = act.fake_quantize(x, x_scale, s.irreps_in, activation_scheme(scheme))
         held = None if activation_scheme(scheme).common else x_scale
     weight = weights.dequantize_weight(plain, weight_scale, s, held)
-    return ref.irreps_linear(x, weight.to(x.dtype), bias, spec, transpose)
+    y = ref.irreps_linear(x, weight.to(x.dtype), bias, spec, transpose)
+    return y.half() if s.half and not transpose else y
 
 
 @int_irreps_linear.register_fake
 def _(x, x_scale, codes, weight_scale, bias, spec, scheme, bits, transpose, label):  # type: ignore[no-untyped-def]
     s = linear_spec(spec)
-    return x.new_empty(x.shape[0], dim(s.irreps_in if transpose else s.irreps_out))
+    dtype = None if not s.half else torch.float32 if transpose else torch.float16
+    return x.new_empty(x.shape[0], dim(s.irreps_in if transpose else s.irreps_out), dtype=dtype)
 
 
 # --- activation quantization --------------------------------------------------------------------
@@ -187,6 +190,30 @@ def _mddq_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 mddq.register_autograd(_mddq_backward, setup_context=_mddq_setup)
+
+# --- half precision -----------------------------------------------------------------------------
+
+
+@_custom("round_half")
+def round_half(x: Tensor, label: str) -> Tensor:
+    """Round to the nearest float16, and back: what rows that are stored in half precision hold."""
+    return ref.round_half(x)
+
+
+@round_half.register_fake
+def _(x, label):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+def _half_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, ctx.label = inputs
+
+
+def _half_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    return ops.round_half(grad, ctx.label), None
+
+
+round_half.register_autograd(_half_backward, setup_context=_half_setup)
 
 # --- spherical harmonics ------------------------------------------------------------------------
 
@@ -357,7 +384,7 @@ def _(values, index, order, ptr, rows, label):  # type: ignore[no-untyped-def]
 @_custom("conv")
 def conv(x: Tensor, sh: Tensor, weight: Tensor, edges: Sequence[Tensor], spec: str, label: str) -> Tensor:
     """Gather, tensor product and scatter as one: (N, dim_x) -> (N, dim_out)."""
-    return ref.conv(x, sh, weight, list(edges), spec)
+    return ref.conv(x, sh, weight.to(x.dtype), list(edges), spec)
 
 
 @conv.register_fake
@@ -370,7 +397,8 @@ def conv_backward(
     grad: Tensor, x: Tensor, sh: Tensor, weight: Tensor, edges: Sequence[Tensor], spec: str, label: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``conv`` with respect to x, sh and weight, each in its tensor's shape."""
-    return ref.conv_backward(grad, x, sh, weight, list(edges), spec)
+    to_x, to_sh, to_weight = ref.conv_backward(grad, x, sh, weight.to(x.dtype), list(edges), spec)
+    return to_x, to_sh, to_weight.to(weight.dtype)
 
 
 @conv_backward.register_fake

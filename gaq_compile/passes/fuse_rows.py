@@ -30,6 +30,7 @@ from .plain_sizes import plain_sizes
 from .row_groups import RowGroup, call_groups
 from .row_shapes import NARROW, RowShape, row_shapes
 from .sort_sums import sort_sums
+from .store_halves import store_halves
 from .straight_through import straight_through
 from .sum_rows import sum_rows
 
@@ -41,7 +42,7 @@ _EACH = {
     aten.masked_fill.Scalar, aten.mul.Scalar, aten.mul.Tensor, aten.neg.default, aten.pow.Tensor_Scalar,
     aten.reciprocal.default, aten.rsub.Scalar, aten.sgn.default, aten.silu.default,
     aten.silu_backward.default, aten.sin.default, aten.softplus.default, aten.sqrt.default,
-    aten.sub.Tensor, aten.where.self,
+    aten.sub.Tensor, aten.where.self, gaq.round_half.default,
 }
 # fmt: on
 _CREATIONS = {aten.ones.default: 1.0, aten.zeros.default: 0.0}
@@ -56,7 +57,7 @@ _FLOATS = (torch.float32, torch.bool)
 
 
 def fuse_rows(
-    graph_module: GraphModule, form: GraphFormat, linears: bool = True, sums: bool = True
+    graph_module: GraphModule, form: GraphFormat, linears: bool = True, sums: bool = True, halves: bool = True
 ) -> GraphModule:
     """Group what torch would run operator by operator.
 
@@ -65,6 +66,7 @@ def fuse_rows(
         form: its inputs; a graph of a model's own tensors is returned as it is.
         linears: whether linears join groups: their kernels then begin and end in the group's tile.
         sums: whether sums over the ends of edges do (:mod:`.sort_sums`).
+        halves: whether what is rounded to half precision is stored so (:mod:`.store_halves`).
     """
     if form.positions is not None:
         return graph_module
@@ -74,6 +76,8 @@ def fuse_rows(
     sum_rows(gm, form, shapes)
     plain_sizes(gm, form, shapes)
     pair_edges(gm, shapes)
+    if halves:
+        store_halves(gm, shapes)
     straight_through(gm, shapes)
     if sums:
         sort_sums(gm, shapes)
@@ -157,8 +161,9 @@ def has_fixed_weights(linear: Node) -> bool:
 def _fits_tile(linear: Node, shape: RowShape, shapes: Mapping[Node, RowShape]) -> bool:
     """Whether tiles of what goes in and what comes out are small enough to stay near."""
     given = shapes.get(linear.args[0])  # type: ignore[call-overload]
-    rows = given is not None and len(given.row) == len(shape.row) == 1
-    return rows and max(*given.row, *shape.row) <= _WIDEST
+    if given is None or {given.dtype, shape.dtype} != {torch.float32}:
+        return False
+    return len(given.row) == len(shape.row) == 1 and max(*given.row, *shape.row) <= _WIDEST
 
 
 def _by_rows(node: Node, shape: RowShape, shapes: dict[Node, RowShape]) -> bool:

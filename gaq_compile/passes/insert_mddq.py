@@ -13,6 +13,8 @@ After (w8a8)::
 
 The codes hold the steps of the channels that they meet. Weights of 4 bits do not: there the
 activations come on a grid that all channels of a block have in common (scheme 's8 m8d8 common').
+
+What a radial network gives a convolution is rounded to half precision: ``gaq.round_half(y, 'layer')``.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from torch.fx import GraphModule, Node
 
 from ..config import QuantConfig, activation_scheme
 from ..numerics.packing import pack_int4
-from .calibrate import Site, quantization_sites
-from .graph_tools import add_buffer, attribute, calls, copied, finished, gaq
+from .calibrate import FEW_BITS, Site, quantization_sites
+from .graph_tools import add_buffer, attribute, calls, copied, finished, gaq, is_call
 from .round_weights import RoundedWeight, round_weights
 from .weigh_channels import ChannelCosts
 from .widen_activations import RoundedSite
@@ -57,7 +59,25 @@ def insert_mddq(
     for node in calls(gm, gaq.irreps_linear.default):
         if str(node.args[-1]) in weights:
             _store_weight(gm, node, weights[str(node.args[-1])])
+    _halve_radial_weights(gm, config)
     return finished(gm)
+
+
+def _halve_radial_weights(gm: GraphModule, config: QuantConfig) -> None:
+    """Weights that a network gives a convolution for each edge, where activations have few bits.
+
+    They are the largest tensors of all, and half precision is 16 times finer than 8 bits.
+    """
+    for node in calls(gm, gaq.conv.default):
+        weight, label = node.args[2], str(node.args[-1])
+        scheme = config.for_layer(label).activation
+        if scheme is None or activation_scheme(scheme).scalar_bits > FEW_BITS:
+            continue
+        if is_call(weight, gaq.irreps_linear.default):
+            with gm.graph.inserting_before(node):
+                rounded = gm.graph.call_function(gaq.round_half.default, (weight, label))
+            rounded.meta["bits"] = "f16"
+            node.update_arg(2, rounded)
 
 
 def _store_weight(gm: GraphModule, node: Node, weight: RoundedWeight) -> None:

@@ -57,12 +57,14 @@ class Backend(Protocol):
         target: what it generates code for.
         groups_linears: whether its kernels for groups of rows take linears in.
         groups_sums: whether they take sums over the ends of edges in.
+        stores_halves: whether its linears and convolutions read and write float16.
     """
 
     name: str
     target: str
     groups_linears: bool
     groups_sums: bool
+    stores_halves: bool
 
     def lower(self, node: Node, attribute: Attribute) -> Lowered | Refused:
         """A kernel for ``node``, or the reason there is none.

@@ -46,7 +46,7 @@ _EACH = {
     aten.pow.Tensor_Scalar, aten.reciprocal.default, aten.rsub.Scalar, aten.silu.default,
     aten.silu_backward.default, aten.sin.default, aten.softplus.default, aten.sqrt.default,
     aten.where.self, gaq.gate.default, gaq.gate_backward.default, gaq.mddq.default,
-    gaq.mddq_backward.default,
+    gaq.mddq_backward.default, gaq.round_half.default,
 }  # of even operands even
 _SLOPES = (aten.silu_backward.default, gaq.gate_backward.default, gaq.mddq_backward.default)
 _FILLS = (aten.ones.default, aten.zeros.default)
@@ -220,7 +220,7 @@ class _Pairs:
             return None
         if target in _SUMS and len(self._edges_of(user)) < len(set(args)):
             return None  # of a pair's two constants the sum would need both
-        if target in _LINEAR:
+        if target in _LINEAR or target is gaq.round_half.default:  # of a gradient: the sum is rounded
             return EVEN
         if target in LINEARS:
             bias, scheme = (args[2], "f32") if target is LINEARS[0] else (args[4], args[6])
@@ -298,10 +298,11 @@ class _Pairs:
         return found
 
     def _downstream(self, nodes: set[Node]) -> set[Node]:
-        """Those that are linears, or computed from one by others."""
+        """Those that are linears, what is rounded before one, or computed from these by others."""
+        begins = {*LINEARS, gaq.round_half.default}
         found: set[Node] = set()
         for node in self.gm.graph.nodes:
-            if node in nodes and (node.target in LINEARS or not found.isdisjoint(node.all_input_nodes)):
+            if node in nodes and (node.target in begins or not found.isdisjoint(node.all_input_nodes)):
                 found.add(node)
         return found
 

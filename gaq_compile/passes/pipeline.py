@@ -79,7 +79,7 @@ def quantize_graph(
 
 
 def group_rows(
-    integer: GraphModule, form: GraphFormat, linears: bool = True, sums: bool = True
+    integer: GraphModule, form: GraphFormat, linears: bool = True, sums: bool = True, halves: bool = True
 ) -> GraphModule:
     """What torch would run operator by operator, in groups that one kernel each can run.
 
@@ -88,5 +88,6 @@ def group_rows(
         form: the graph's inputs.
         linears: whether linears join groups (:attr:`.lower.Backend.groups_linears`).
         sums: whether sums over the ends of edges do (:attr:`.lower.Backend.groups_sums`).
+        halves: whether radial weights are stored in half precision (:attr:`.lower.Backend.stores_halves`).
     """
-    return pack_rows(fuse_rows(integer, form, linears, sums))
+    return pack_rows(fuse_rows(integer, form, linears, sums, halves))

@@ -108,7 +108,9 @@ _RULES: dict[object, Callable[[Node], list[tuple[object, str]]]] = {
     gaq.spherical_harmonics_backward.default: _harmonics_backward,
 }
 
-_CARRIES = {aten.neg.default, aten.clone.default, aten.alias.default, aten.detach.default}
+_CARRIES = {
+    aten.neg.default, aten.clone.default, aten.alias.default, aten.detach.default, gaq.round_half.default,
+}  # fmt: skip
 _SCALES = {aten.mul.Tensor, aten.div.Tensor}
 _JOINS = {aten.add.Tensor, aten.sub.Tensor}
 

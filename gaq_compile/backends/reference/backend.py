@@ -21,6 +21,7 @@ class ReferenceBackend:
 
     groups_linears = True
     groups_sums = True
+    stores_halves = True
 
     def __init__(self, target: str | None = None) -> None:
         self.target = target or "torch"

@@ -51,12 +51,14 @@ class Kernels:
         target: the TVM target in JSON.
         groups_linears: whether the kernels of groups take linears in.
         groups_sums: whether they take sums over the ends of edges in.
+        stores_halves: whether linears and convolutions read and write float16.
     """
 
     place: Any
     target: str
     groups_linears: bool
     groups_sums: bool
+    stores_halves: bool
     linear: Callable[..., Callable[..., Any]]
     conv: Callable[..., Callable[..., Any]]
     conv_backward: Callable[..., Callable[..., Any]]
@@ -79,6 +81,7 @@ def cpu_kernels(target: str) -> Kernels:
         target=target,
         groups_linears=True,
         groups_sums=True,
+        stores_halves=True,
         linear=lower_linear,
         conv=conv_forward,
         conv_backward=conv_backward,
@@ -102,6 +105,7 @@ def gpu_kernels(device: Gpu) -> Kernels:
         target=device.target,
         groups_linears=False,
         groups_sums=False,
+        stores_halves=False,
         linear=cuda_linear.lower_linear,
         conv=cuda_conv.conv_forward,
         conv_backward=cuda_conv.conv_backward,
@@ -141,6 +145,7 @@ class TVMBackend:
         self.kernels = gpu_kernels(gpu(str(target))) if on_gpu else cpu_kernels(target or host_target())
         self.target = self.kernels.target
         self.groups_linears, self.groups_sums = self.kernels.groups_linears, self.kernels.groups_sums
+        self.stores_halves = self.kernels.stores_halves
 
     def lower(self, node: Node, attribute: Attribute) -> Lowered | Refused:
         """The generated kernel for ``node``, or why there is none."""

@@ -47,6 +47,7 @@ from .emit import (
     literal,
     local,
     loop,
+    many,
     prefetch,
     signed_sum,
     splat,
@@ -68,8 +69,8 @@ def conv_forward(spec: str, target: str) -> Launch:
         target: a TVM target in JSON.
 
     Returns:
-        A function of x (N, dim_x), sh (E, dim_sh), weight (E or E / 2, weight_numel), float32, contiguous,
-        component-major, and ``edges = [senders (E), receivers (E), receiver_ptr (N+1),
+        A function of x (N, dim_x), sh (E, dim_sh), weight (E or E / 2, weight_numel), float32 (or weights of
+        float16 where the spec says so), contiguous, component-major, and ``edges = [senders (E), receivers (E), receiver_ptr (N+1),
         receiver_order (E), sender_ptr (N+1), sender_order (E)]``, int32; it returns out (N, dim_out).
 
     Raises:
@@ -78,7 +79,7 @@ def conv_forward(spec: str, target: str) -> Launch:
     """
     problem = conv_problem(spec)
     widths = [(conv_width(problem, name),) for name in ("x", "sh", "weight", "out")]
-    tensors = [Input(k, row) for k, row in enumerate(widths[:3])]
+    tensors = [Input(0, widths[0]), Input(1, widths[1]), Input(2, widths[2], _weight_type(problem))]
     edges = [Input(3 + k, dtype=torch.int32) for k in (0, 2, 3)]
 
     def nothing(x: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -96,9 +97,10 @@ def conv_backward(spec: str, target: str) -> Launch:
     """
     problem = conv_problem(spec)
     widths = [(conv_width(problem, name),) for name in ("out", "x", "sh", "weight")]
-    tensors = [Input(k, row) for k, row in enumerate(widths)]
+    dtypes = (*[torch.float32] * 3, _weight_type(problem))
+    tensors = [Input(k, row, dtype) for k, (row, dtype) in enumerate(zip(widths, dtypes, strict=True))]
     edges = [Input(4 + k, dtype=torch.int32) for k in (1, 4, 5)]
-    made = [Output(k, row) for k, row in zip((1, 2, 3), widths[1:], strict=True)]
+    made = [Output(t.place, t.row, t.dtype) for t in tensors[1:]]
 
     def nothing(
         grad: torch.Tensor, x: torch.Tensor, sh: torch.Tensor, weight: torch.Tensor, *_: Any
@@ -107,6 +109,10 @@ def conv_backward(spec: str, target: str) -> Launch:
 
     kernels = _kernels("conv_backward", backward_source, spec, target)
     return Launch((*tensors, *edges, *made), kernels, counted=2, several=True, empty=nothing)
+
+
+def _weight_type(problem: Problem) -> torch.dtype:
+    return torch.float16 if problem.spec.half else torch.float32
 
 
 def _kernels(
@@ -131,7 +137,7 @@ def forward_source(spec: str, lanes: int, schedule: ConvSchedule = DEFAULT) -> s
     """
     problem = conv_problem(spec)
     inner: list[str] = []
-    for group in _accumulator_groups(problem, schedule.sums or (12 if lanes == 8 else 24)):
+    for group in _accumulator_groups(problem, schedule.sums or 12):
         inner += _forward_group(group, lanes, schedule)
     sides = _Sides("senders", "out", conv_width(problem, "out"))
     body = _per_node(problem, lanes, sides, inner, schedule.chunk)
@@ -347,7 +353,7 @@ def _forward_path(
     weight = f"{path.offset} + t * {lanes}"
     lines = [
         *_ahead("weight", weight, schedule.prefetch),
-        f"w{k}: T.let = {vector('weight', weight, lanes, 'row[j]')}",
+        f"w{k}: T.let = {_weight(terms, 'weight', weight, lanes)}",
     ]
     by_out: dict[int, list[Pair]] = {}
     for pair in terms.pairs:
@@ -438,7 +444,7 @@ def _backward_path(
     lines = [
         *_ahead("weight", weight, schedule.prefetch),
         *_ahead("grad_weight", weight, schedule.prefetch),
-        f"w{k}: T.let = {vector('weight', weight, lanes, 'row[j]')}",
+        f"w{k}: T.let = {_weight(terms, 'weight', weight, lanes)}",
     ]
     for m3 in range(path.block_out.components):
         place = _element(path.block_out, m3, lanes)
@@ -452,10 +458,18 @@ def _backward_path(
         total = signed_sum([(p.sign, f"{symbols[p]} * g{k}_{p.m3}") for p in pairs])
         lines.append(f"h{k}_{m1}: T.let = {total}")
         sums[m1].append(f"w{k} * h{k}_{m1}")
-    place, zero = vector("grad_weight", weight, lanes, "row[j]"), splat(literal(0.0), lanes)
+    place, zero = _weight(terms, "grad_weight", weight, lanes), splat(literal(0.0), lanes)
     before = f"T.Select({splat('sweep == 1', lanes)}, {place}, {zero})"
-    lines.append(f"{place} = {signed_sum([(1, f'x{m1} * h{k}_{m1}') for m1 in by_in], before)}")
+    total = signed_sum([(1, f"x{m1} * h{k}_{m1}") for m1 in by_in], before)
+    total = f'T.Cast("{many("float16", lanes)}", {total})' if terms.half else total
+    lines.append(f"{vector('grad_weight', weight, lanes, 'row[j]')} = {total}")
     return lines
+
+
+def _weight(terms: PathTerms, buffer: str, place: str, lanes: int) -> str:
+    """Weights of edge ``j`` in float32."""
+    stored = vector(buffer, place, lanes, "row[j]")
+    return f'T.Cast("{many("float32", lanes)}", {stored})' if terms.half else stored
 
 
 def _grad_sh_path(terms: PathTerms, k: int, version: dict[int, int]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -38,11 +38,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class PathTerms:
-    """One instruction, unrolled into its nonzero constants."""
+    """One instruction, unrolled into its nonzero constants; ``half``: its weights are float16."""
 
     path: TensorProductPath
     triples: tuple[Triple, ...]
     pairs: tuple[Pair, ...]
+    half: bool = False
 
     @property
     def symbols(self) -> set[int]:
@@ -90,7 +91,8 @@ def _buffer(problem: Problem, name: str) -> tuple[str, str]:
         return "ends", "int32"
     tensor = "out" if name == "grad" else name.removeprefix("grad_")
     rows = {"weight": "rows", "sh": "edges"}.get(tensor, "nodes")
-    return f"{rows}, {conv_width(problem, tensor)}", "float32"
+    half = tensor == "weight" and problem.spec.half
+    return f"{rows}, {conv_width(problem, tensor)}", "float16" if half else "float32"
 
 
 def weight_row(edge: str) -> str:
@@ -112,7 +114,7 @@ def conv_problem(spec: str) -> Problem:
     """
     parsed = tensor_product_spec(spec)
     known: dict[Form, int] = {}
-    unrolled = tuple(_path_terms(path, known) for path in parsed.paths)
+    unrolled = tuple(replace(_path_terms(path, known), half=parsed.half) for path in parsed.paths)
     return Problem(parsed, unrolled, tuple(known))
 
 

@@ -20,7 +20,7 @@ from ...config import ActivationScheme, activation_scheme
 from ...numerics.gradients import LARGEST, SMALLEST
 from .build import module_text
 from .dense_plan import WEIGHED, ColumnTiles, DensePlan, Operand, Product, groups
-from .emit import literal, loop, splat, vector
+from .emit import literal, loop, many, splat, vector
 
 _BUFFERS = {"float32": "qf", "int16": "q16", "int8": "q8", "uint8": "q8"}
 _FLOAT_MAX = (2.0 - 2.0**-23) * 2.0**127
@@ -51,12 +51,18 @@ class Frame:
 def dense_text(plan: DensePlan, parallel: bool) -> str:
     """The TVMScript module of a plan.
 
-    ``main(x, y, weight, [scale], [sums], [steps], [fine], [bias], task)``: x (N, dim_in) and y (N, dim_out)
-    float32, the packed constants, and ``task``, the rows per task (at most the schedule's).
+    ``main(x, y, weight, [scale], [sums], [steps], [fine], [bias], task)``: x (N, dim_in) and y (N, dim_out),
+    float32 or float16, the packed constants, and ``task``, the rows per task (at most the schedule's).
     """
     names = arguments(plan)
+    half = plan.problem.half_in
+
+    def read(row: str, column: str, lanes: int) -> str:
+        place = vector("x", column, lanes, row=f"n0 + {row}")
+        return f'T.Cast("{many("float32", lanes)}", {place})' if half else place
+
     frame = Frame(
-        x=lambda row, column, lanes: vector("x", column, lanes, row=f"n0 + {row}"),
+        x=read,
         y=lambda row, column, lanes: vector("y", column, lanes, row=f"n0 + {row}"),
         last="m - 1 - n0",
         prefix="",
@@ -70,7 +76,7 @@ def dense_text(plan: DensePlan, parallel: bool) -> str:
     preamble = ["m = T.int32()"]
     for name, dtype in names.items():
         shape = shapes.get(name, f"({sizes(plan).get(name)},)")
-        align = 4 if name in shapes else 64
+        align = int(dtype[-2:]) // 8 if name in shapes else 64
         preamble.append(f'{name} = T.match_buffer({name}_h, {shape}, "{dtype}", align={align})')
     signature = ", ".join([*(f"{name}_h: T.handle" for name in names), "task: T.int32"])
     return module_text(signature, "".join(f"        {line}\n" for line in (*preamble, *lines)))
@@ -96,7 +102,8 @@ def arguments(plan: DensePlan) -> dict[str, str]:
         "fine": "float32",
         "bias": "float32",
     }
-    return {"x": "float32", "y": "float32"} | {k: v for k, v in every.items() if found[k]}
+    x, y = ("float16" if half else "float32" for half in (plan.problem.half_in, plan.problem.half_out))
+    return {"x": x, "y": y} | {k: v for k, v in every.items() if found[k]}
 
 
 def sizes(plan: DensePlan) -> dict[str, int]:
@@ -183,7 +190,7 @@ def _gradient(plan: DensePlan, frame: Frame, o: Operand) -> list[str]:
     """
     mul, comps = o.block.mul, range(o.block.components)
     lanes = min(plan.unit.lanes, 1 << (mul.bit_length() - 1))
-    ints = _many("int32", lanes)
+    ints = many("int32", lanes)
     weight = vector(f"{frame.prefix}scale", f"{o.index} + u", lanes)
     load = [f"u: T.let = T.min(i * {lanes}, {mul - lanes})", f"w: T.let = {weight}"]
     for c in comps:
@@ -206,7 +213,7 @@ def _gradient(plan: DensePlan, frame: Frame, o: Operand) -> list[str]:
     for c in comps:
         bits = f'T.reinterpret(t{c} * {splat(f"inv{o.step + c}", lanes)} + {rounding}, dtype="{ints}")'
         place = _tile(plan, frame, o, "r", f"{c * o.width} + u", lanes)
-        stores.append(f'{place} = T.Cast("{_many("int16", lanes)}", {bits})')
+        stores.append(f'{place} = T.Cast("{many("int16", lanes)}", {bits})')
     return lines + loop(header, load + stores)
 
 
@@ -237,10 +244,10 @@ def _stored(plan: DensePlan, o: Operand, c: int, lanes: int) -> str:
         scheme = plan.problem.scheme
         fraction = scheme.fraction_bits(o.block.l) if scheme is not None else 0
         return f"X{c} * (s * {splat(literal(2.0**-fraction), lanes)})"
-    integer = f'T.Cast("{_many("int32", lanes)}", X{c})'
+    integer = f'T.Cast("{many("int32", lanes)}", X{c})'
     if plan.unit.offset(o.kind):
         integer += f" + {splat(str(plan.unit.offset(o.kind)), lanes)}"
-    return f'T.Cast("{_many(dtype, lanes)}", {integer})'
+    return f'T.Cast("{many(dtype, lanes)}", {integer})'
 
 
 Named = list[tuple[str, str]]  # names, and what they stand for
@@ -417,22 +424,32 @@ def _store(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, r: int
             value += f" + {vector(f'{names}bias', f'{p.bias} + {column}', lanes)}"
         at = f"{p.block.base} + c * {p.block.stride} + {column}"
         tail = p.block.mul - (tiles.start + tiles.vectors * (tiles.count - 1) + v) * lanes
-        lines += _write(frame, value, row, at, lanes, tail, add=not p.opens, name=f"z{v}")
+        dtype = "float16" if plan.problem.half_out else "float32"
+        value = value if dtype == "float32" else f'T.Cast("{many(dtype, lanes)}", {value})'
+        to = _Target(frame, dtype, add=not p.opens)
+        lines += _write(to, value, row, at, lanes, tail, name=f"z{v}")
     return lines
 
 
-def _write(
-    frame: Frame, value: str, row: str, at: str, lanes: int, tail: int, *, add: bool, name: str
-) -> list[str]:
+@dataclass(frozen=True)
+class _Target:
+    """Where results go, of which type, and whether they are added to what is there."""
+
+    frame: Frame
+    dtype: str
+    add: bool
+
+
+def _write(to: _Target, value: str, row: str, at: str, lanes: int, tail: int, name: str) -> list[str]:
     """``y[row, at : at + lanes] (+)= value``; only ``tail`` of them in a block's last vector."""
     if tail >= lanes:
-        place = frame.y(row, at, lanes)
-        return [f"{place} = {place} + {value}" if add else f"{place} = {value}"]
-    one = frame.y(row, f"{at} + i", 1)
+        place = to.frame.y(row, at, lanes)
+        return [f"{place} = {place} + {value}" if to.add else f"{place} = {value}"]
+    one = to.frame.y(row, f"{at} + i", 1)
     return [
-        f'{name} = T.alloc_buffer(({lanes},), "float32", scope="global")',
+        f'{name} = T.alloc_buffer(({lanes},), "{to.dtype}", scope="global")',
         f"{vector(name, '0', lanes)} = {value}",
-        *loop(f"i in T.serial({tail})", [f"{one} = {one} + {name}[i]" if add else f"{one} = {name}[i]"]),
+        *loop(f"i in T.serial({tail})", [f"{one} = {one} + {name}[i]" if to.add else f"{one} = {name}[i]"]),
     ]
 
 
@@ -442,6 +459,7 @@ def _fill(plan: DensePlan, frame: Frame) -> list[str]:
     for b in plan.unreached:
         bias = plan.bias_offset(b)
         value = f"{frame.prefix}bias[{bias} + i]" if bias >= 0 else literal(0.0)
+        value = f'T.Cast("float16", {value})' if plan.problem.half_out else value
         place = frame.y("r", f"{b.base} + c * {b.stride} + i", 1)
         inner = loop(f"i in T.serial({b.mul})", [f"{place} = {value}"])
         lines += loop("r in T.serial(rows)", loop(f"c in T.serial({b.components})", inner))
@@ -465,7 +483,3 @@ def _column(tiles: ColumnTiles, v: int, lanes: int) -> str:
 
 def _acc(r: int, v: int, lanes: int) -> str:
     return vector(f"a{r}_{v}", "0", lanes)
-
-
-def _many(dtype: str, lanes: int) -> str:
-    return dtype if lanes == 1 else f"{dtype}x{lanes}"

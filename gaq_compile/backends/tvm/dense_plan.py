@@ -81,6 +81,16 @@ class LinearProblem:
         return None if self.activation in FLOATS else activation_scheme(self.activation)
 
     @property
+    def half_in(self) -> bool:
+        """Whether the kernel reads float16."""
+        return self.linear.half and self.transpose
+
+    @property
+    def half_out(self) -> bool:
+        """Whether the kernel writes float16."""
+        return self.linear.half and not self.transpose
+
+    @property
     def irreps_in(self) -> str:
         """Irreps of the kernel's input (the linear's output, if transposed)."""
         return self.linear.irreps_out if self.transpose else self.linear.irreps_in

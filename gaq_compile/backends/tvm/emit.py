@@ -60,6 +60,11 @@ def splat(scalar: str, lanes: int) -> str:
     return scalar if lanes == 1 else f"T.broadcast({scalar}, {lanes})"
 
 
+def many(dtype: str, lanes: int) -> str:
+    """The type of so many values side by side."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
 def literal(value: float) -> str:
     """A float32 constant; infinities and NaN by their bits, which have no other text."""
     if math.isfinite(value):
@@ -99,7 +104,8 @@ def kernel_text(buffers: Sequence[tuple[str, str, str]], body: Sequence[str]) ->
     matches = []
     for name, shape, dtype in buffers:
         symbols.update({s: None for s in shape.split(", ") if not s.isdigit()})
-        matches.append(f'{name} = T.match_buffer({name}_h, ({shape},), "{dtype}", align=4)')
+        align = 2 if dtype == "float16" else 4
+        matches.append(f'{name} = T.match_buffer({name}_h, ({shape},), "{dtype}", align={align})')
     preamble = [*(f"{symbol} = T.int32()" for symbol in symbols), *matches]
     text = ["".join(("        ", line, "\n")) for line in (*preamble, *body)]
     signature = ", ".join(f"{name}_h: T.handle" for name, _, _ in buffers)

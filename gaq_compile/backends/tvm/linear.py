@@ -47,7 +47,7 @@ _DTYPES = {"f32": torch.float32, "s16": torch.int16, "s8": torch.int8, "s4": tor
 
 @dataclass(frozen=True)
 class LinearKernel:
-    """A lowered linear: call it with x (N, dim_in) float32, get y (N, dim_out) float32.
+    """A lowered linear: call it with x (N, dim_in), get y (N, dim_out); float32, or float16 where the spec says so.
 
     Attributes:
         plan: what the kernel's text is made from.
@@ -64,23 +64,24 @@ class LinearKernel:
     def __call__(self, x: Tensor) -> Tensor:
         dim_in, dim_out = self._dims
         check_input(x, dim_in, self.plan)
-        return self.launch(x.contiguous()) if dim_out else torch.empty((x.shape[0], 0))
+        return self.launch(x.contiguous()) if dim_out else torch.empty((x.shape[0], 0), dtype=self._dtypes[1])
 
     @cached_property
     def launch(self) -> Launch:
         """The call as data."""
         dim_in, dim_out = self._dims
-        parts = (Input(0, (dim_in,)), Output(0, (dim_out,)))
+        given, made = self._dtypes
+        parts = (Input(0, (dim_in,), given), Output(0, (dim_out,), made))
         more = len(self.constants) + 1
         return Launch(parts, self._choose, more, empty=self._written, longer=self._written)
 
     def _written(self, x: Tensor) -> Tensor:
-        y = torch.empty((x.shape[0], self._dims[1]))
+        y = torch.empty((x.shape[0], self._dims[1]), dtype=self._dtypes[1])
         self.run(x, y)
         return y
 
     def run(self, x: Tensor, y: Tensor) -> None:
-        """Write the result for x (N, dim_in) into y (N, dim_out); both contiguous float32."""
+        """Write the result for x (N, dim_in) into y (N, dim_out); both contiguous."""
         rows, limit = x.shape[0], most_rows(max(self._dims))
         if rows > limit:
             for start in range(0, rows, limit):
@@ -103,6 +104,13 @@ class LinearKernel:
     def _dims(self) -> tuple[int, int]:
         return self.plan.dim_in, self.plan.dim_out
 
+    @property
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of x and y."""
+        problem = self.plan.problem
+        given, made = (torch.float16 if h else torch.float32 for h in (problem.half_in, problem.half_out))
+        return given, made
+
     @cached_property
     def _serial(self) -> Callable[..., None]:
         return compile_kernel(dense_text(self.plan, parallel=False), self.target)
@@ -119,14 +127,15 @@ class LinearKernel:
 
 
 def check_input(x: Tensor, width: int, plan: DensePlan) -> None:
-    """Refuse an input that is not float32 (N, width).
+    """Refuse an input that is not (N, width), of float32 or what else the plan reads.
 
     Raises:
         LoweringError: saying what it must be and what it is.
     """
-    if x.ndim != 2 or x.shape[1] != width or x.dtype != torch.float32:
+    dtype = torch.float16 if plan.problem.half_in else torch.float32
+    if x.ndim != 2 or x.shape[1] != width or x.dtype != dtype:
         raise LoweringError(
-            f"expected a float32 tensor (N, {width}), got {x.dtype} {tuple(x.shape)}",
+            f"expected a {str(dtype).removeprefix('torch.')} tensor (N, {width}), got {x.dtype} {tuple(x.shape)}",
             where=plan.problem.spec,
         )
 

@@ -249,6 +249,17 @@ class Emitter:
         positive = f"T.bitwise_and({turn}, {self._int(2)}) == {self._int(0)}"
         return self.let(f"T.Select({positive}, {value}, {self.number(0.0)} - {value})")
 
+    def half(self, x: str) -> str:
+        """The nearest float16, by the bits of a float32, of which it keeps ten; whole steps below 2^-14."""
+        bits = self.let(f'T.reinterpret("{self._type("int32")}", {x})')
+        tie = f"T.bitwise_and(T.shift_right({bits}, {self._int(13)}), {self._int(1)})"
+        kept = self.let(f"T.bitwise_and({bits} + {self._int(0xFFF)} + {tie}, {self._int(-0x2000)})")
+        normal = f'T.reinterpret("{self._type("float32")}", {kept})'
+        small = f"T.nearbyint({x} * {self.number(2.0**24)}) * {self.number(2.0**-24)}"
+        size = self.let(f"T.fabs({x})")
+        beyond = f"T.Select({size} < {self.number(65520.0)}, {normal}, {x} * {self.number(math.inf)})"
+        return self.let(f"T.Select({size} < {self.number(2.0**-14)}, {small}, {beyond})")
+
     def erf(self, x: str) -> str:
         """Error function to 3e-7 (8e-7, relative); Abramowitz and Stegun 7.1.26, and its series near 0."""
         square, size = self.keep(f"{x} * {x}"), self.keep(f"T.fabs({x})")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from ...passes.graph_tools import aten
+from ...passes.graph_tools import aten, gaq
 from .row_kernel import Emitter
 from .rows_plan import Step, UnsupportedRowsError, cat_places
 from .rows_values import View, places
@@ -151,4 +151,5 @@ OPERATORS: dict[object, Callable[..., str]] = {
     aten.sqrt.default: lambda e, x: f"T.sqrt({x})",
     aten.sub.Tensor: _infix("-"),
     aten.where.self: _chosen,
+    gaq.round_half.default: lambda e, x, label: e.half(x),
 }

@@ -20,7 +20,7 @@ from gaq_compile.backends.tvm.conv import (
 from gaq_compile.backends.tvm.emit import block_lanes, vector_lanes
 from gaq_compile.errors import IrrepsError
 from gaq_compile.ir.layout import Block, dim, permutation
-from gaq_compile.ir.specs import TensorProductSpec, tensor_product_spec
+from gaq_compile.ir.specs import TensorProductSpec, in_half, tensor_product_spec
 
 TOLERANCE = 1e-5
 
@@ -291,3 +291,41 @@ def test_weights_of_bonds(name):
     poisoned = poisoned_backward(spec, lanes, host_target())
     for nodes, edges in ((1, 6), (2, 100), (9, 34)):
         check_weights_of_bonds(spec, forward, poisoned, nodes, edges)
+
+
+HALF = 2.0**-11  # float16's rounding
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_weights_in_half_precision(name):
+    """What float32 weights of the same values give, bit for bit; the gradient is rounded to the nearest."""
+    spec = SPECS[name]
+    (x, sh, weight, grad), ends = problem(spec, nodes=7, edges=150, seed=5)
+    half = weight.half()
+    forward, backward = (
+        conv_forward(in_half(spec), host_target()),
+        conv_backward(in_half(spec), host_target()),
+    )
+    plain = conv_forward(spec, host_target()), conv_backward(spec, host_target())
+    assert torch.equal(forward(x, sh, half, ends), plain[0](x, sh, half.float(), ends))
+    found, wanted = backward(grad, x, sh, half, ends), plain[1](grad, x, sh, half.float(), ends)
+    assert found[2].dtype == torch.float16
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+
+
+@pytest.mark.parametrize("name", ["shared output", "sevennet middle"])
+def test_weights_of_bonds_in_half_precision(name):
+    """The sum of both edges' gradients, of which the first is rounded before the second is added."""
+    spec = SPECS[name]
+    (x, sh, weight, grad), ends = problem(spec, nodes=5, edges=70, seed=6)
+    half = weight[:35].half()
+    backward, plain = conv_backward(in_half(spec), host_target()), conv_backward(spec, host_target())
+    found = backward(grad, x, sh, half, ends)
+    each = plain(grad, x, sh, half.float().repeat(2, 1), ends)
+    assert torch.equal(found[0], plain(grad, x, sh, half.float(), ends)[0])
+    first, second = each[2][:35], each[2][35:]
+    bound = 1.01 * HALF * (first.abs() + (first + second).abs()) + 2.0**-24
+    assert bool(((found[2].float() - (first + second)).abs() <= bound).all())
+    again = backward(grad, x, sh, half, ends)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))

@@ -23,6 +23,7 @@ from gaq_compile.backends.tvm.linear import (
 )
 from gaq_compile.errors import ConfigError, LoweringError
 from gaq_compile.ir.layout import Block, blocks, channels, dim, simplified, view
+from gaq_compile.ir.specs import in_half
 from gaq_compile.numerics.activations import fake_quantize, quantize_block
 from gaq_compile.numerics.gradients import fake_quantize_gradient, quantize_gradient
 from gaq_compile.numerics.weights import dequantize_weight, quantize_weight, with_steps
@@ -125,6 +126,22 @@ def assert_close(y: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
 KINDS = [(a, w) for a in SCHEMES for w in ("f32", "s8", "s4")] + [
     (a, w) for a in COMMON for w in ("s8", "s4")
 ]
+
+
+@pytest.mark.parametrize("spec", [MIXED, "64x0e -> 100x0e", "3x0e -> 2x0e+5x0o"])
+@pytest.mark.parametrize("activation", ["f32", "s8 m8d8", "g16"])
+def test_half_precision_rows_are_the_rounded_ones(spec: str, activation: str) -> None:
+    """Outputs are the float32 kernel's, rounded once; inputs are read as the numbers that they are."""
+    back = activation == "g16"
+    plain, half = (LinearProblem(s, activation, "s8", back) for s in (spec, in_half(spec)))
+    for rows in (1, 7, 100):
+        x, made = tensors(plain, rows, seed=rows)
+        x = x.half() if back else x
+        found, wanted = lower(half, made)(x), lower(plain, made)(x.float())
+        assert found.dtype == (torch.float32 if back else torch.float16)
+        assert torch.equal(found, wanted.to(found.dtype)) and bool(found.any())
+    with pytest.raises(LoweringError, match="expected a float16 tensor" if back else "expected a float32"):
+        lower(half, made)(x.double())
 
 
 @pytest.mark.parametrize(("activation", "weight"), KINDS)

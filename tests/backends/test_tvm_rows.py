@@ -34,7 +34,7 @@ from gaq_compile.passes.pack_rows import pack_rows
 from gaq_compile.passes.row_groups import FusedRows, fused_rows
 from gaq_compile.passes.row_shapes import PRIMES, RowShape
 
-aten = torch.ops.aten
+aten, gaq = torch.ops.aten, torch.ops.gaq
 ROWS = (0, 1, 15, 16, 17, 100, 2000)
 ATOMS = 11
 NARROW = ((), (1,), (3,), (2, 3))
@@ -263,7 +263,28 @@ def _elementwise(row: tuple[int, ...], cases: Sequence[Any]) -> None:
 
 
 def test_every_operator_has_a_case() -> None:
-    assert {target for target, *_ in (*CASES, *FUNCTIONS, *POWERS)} == set(OPERATORS)
+    known = {target for target, *_ in (*CASES, *FUNCTIONS, *POWERS)}
+    assert known | {gaq.round_half.default} == set(OPERATORS)
+
+
+@pytest.mark.parametrize("width", [1, 17, 24])
+def test_halves_are_rounded_as_torch_rounds_them(width: int) -> None:
+    """Every bit of any number: random ones, ties, what is too small and what is too large."""
+    g = torch.Generator().manual_seed(width)
+    any_bits = (
+        torch.randint(-(2**31), 2**31, (4000 * width,), generator=g).to(torch.int32).view(torch.float32)
+    )
+    around = torch.arange(0, 2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    ties = (around + torch.nextafter(around.half(), torch.tensor(math.inf).half()).float()) / 2
+    some = torch.randn(16 * width, generator=g) * 2.0 ** torch.randint(-30, 20, (16 * width,), generator=g)
+    x = torch.cat([any_bits, around, ties, torch.nextafter(ties, -ties), some])
+    x = x[: len(x) // width * width].view(-1, width)
+    group = _Group()
+    fused = group.fused(group(gaq.round_half.default, group.argument(width), "conv"))
+    (got,) = lower_rows(fused, host_target())[0](x)
+    wanted = x.half().float()
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert torch.equal(got.nan_to_num(0.125), wanted.nan_to_num(0.125))
 
 
 @pytest.mark.parametrize("row", NARROW + WIDE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from gaq_compile.ir.specs import (
     LinearSpec,
     TensorProductSpec,
     gate_spec,
+    in_half,
     linear_spec,
     tensor_product_spec,
 )
@@ -36,6 +39,19 @@ def test_linear_round_trip(irreps_in, irreps_out, data):
 def test_linear_without_paths_round_trip():
     spec = LinearSpec("2x0e", "3x0e", ())
     assert linear_spec(str(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("parse", "text"),
+    [(linear_spec, "2x0e+1x1o -> 3x0e"), (linear_spec, "2x0e+1x0e -> 3x0e | 1:0")]
+    + [(tensor_product_spec, "4x0e * 1x1o -> 4x1o | 0.0.0*0.5")],
+)
+def test_half_precision_is_part_of_the_text(parse, text):
+    plain, half = parse(text), parse(in_half(text))
+    assert not plain.half and half.half and replace(half, half=False) == plain
+    assert str(half) == in_half(text) and parse(str(half)) == half
+    with pytest.raises(IrrepsError, match="cannot be stored as 'f8'"):
+        parse(f"{text} ; f8")
 
 
 def test_linear_places():

@@ -18,7 +18,7 @@ from gaq_compile.capture.modules import (
     convert_tensor_product,
 )
 from gaq_compile.ir.layout import dim
-from gaq_compile.ir.specs import gate_spec, linear_spec, tensor_product_spec
+from gaq_compile.ir.specs import gate_spec, in_half, linear_spec, tensor_product_spec
 from gaq_compile.numerics.activations import activation_scheme, fake_quantize, fake_quantize_backward
 from gaq_compile.numerics.gradients import fake_quantize_gradient
 from gaq_compile.numerics.packing import pack_int4
@@ -496,3 +496,41 @@ def test_sorted_sums_without_data_have_the_shape_and_type_of_real_ones():
     assert (empty.shape, empty.dtype) == (real.shape, real.dtype)
     arguments = (values, receivers, order, starts, 4, "sum")
     torch.library.opcheck(ops.sum_sorted, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_halves_are_rounded_and_so_are_their_gradients():
+    x = torch.tensor(
+        [1.0, 1.0 + 2.0**-11, 1.0 + 3 * 2.0**-11, 65519.0, 65520.0, 2.0**-25, -0.3], dtype=torch.float32
+    )
+    leaf = x.clone().requires_grad_()
+    rounded = ops.round_half(leaf, "conv")
+    assert rounded.tolist() == [1.0, 1.0, 1.0 + 2.0**-9, 65504.0, math.inf, 0.0, -0.300048828125]
+    rounded.backward(x)
+    assert torch.equal(leaf.grad, ops.round_half(x, "conv"))
+
+
+def test_a_half_precision_linear_is_the_rounded_one():
+    stored, _, scale = _integers(8)
+    spec = linear_spec(INTEGERS)
+    x, grad = torch.randn(6, dim(spec.irreps_in)).float(), torch.randn(6, dim(spec.irreps_out)).float()
+    arguments = (STEPS, stored, scale, None)
+    plain = ops.int_irreps_linear(x, *arguments, INTEGERS, "s8 m8d8", 8, False, "l")
+    half = ops.int_irreps_linear(x, *arguments, in_half(INTEGERS), "s8 m8d8", 8, False, "l")
+    assert half.dtype == torch.float16 and torch.equal(half, plain.half())
+    back = ops.int_irreps_linear(grad.half(), *arguments, in_half(INTEGERS), "g16", 8, True, "l")
+    wanted = ops.int_irreps_linear(grad.half().float(), *arguments, INTEGERS, "g16", 8, True, "l")
+    assert back.dtype == torch.float32 and torch.equal(back, wanted)
+
+
+def test_half_precision_operators_without_data_have_the_type_of_real_ones():
+    stored, _, scale = _integers(8)
+    spec = linear_spec(INTEGERS)
+    for transpose, irreps in ((False, spec.irreps_in), (True, spec.irreps_out)):
+        x = torch.randn(3, dim(irreps)).to(torch.float16 if transpose else torch.float32)
+        scheme = "g16" if transpose else "f32"
+        arguments = (x, None, stored, scale, None, in_half(INTEGERS), scheme, 8, transpose, "l")
+        real = ops.int_irreps_linear(*arguments)
+        empty = ops.int_irreps_linear(
+            *(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments)
+        )
+        assert (real.shape, real.dtype) == (empty.shape, empty.dtype)

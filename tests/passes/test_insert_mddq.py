@@ -11,6 +11,7 @@ from gaq_compile.numerics.activations import fake_quantize
 from gaq_compile.numerics.packing import unpack_int4
 from gaq_compile.numerics.weights import dequantize_weight, quantize_weight, with_steps
 from gaq_compile.passes.calibrate import quantization_sites
+from gaq_compile.passes.graph_tools import calls, is_call
 from gaq_compile.passes.insert_mddq import insert_mddq
 from gaq_compile.passes.round_weights import round_weights
 from gaq_compile.passes.weigh_channels import ChannelCosts
@@ -177,3 +178,20 @@ def test_float_weights_meet_steps_that_nothing_holds(with_weights, listing, x):
     rounded = fake_quantize(x, steps, "9x0e", activation_scheme("s8 m8d8"))
     expected = gaq.irreps_linear(rounded, x.sum(0) * graph.w, None, "9x0e -> 1x0e", False, "")
     assert torch.equal(after(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rounded"),
+    [("w8a8", True), ("w4a8", True), ("exact-w8a8", True), ("w8a16", False), ("w8", False), ("fp32", False)],
+)
+def test_radial_weights_are_halves_where_activations_have_few_bits(with_weights, scheme, rounded):
+    def function(self, x):
+        weight = gaq.irreps_linear.default(x, self.w, None, "3x0e -> 2x0e", False, "layer.a")
+        return gaq.conv.default(self.x, self.sh, weight, [], "2x0e * 1x0e -> 2x0e | 0.0.0", "conv")
+
+    torch.manual_seed(1)
+    graph = with_weights(function, w=torch.randn(6), x=torch.randn(4, 2), sh=torch.randn(5, 1))
+    after = insert(graph, preset(scheme), {"layer.a": torch.tensor([0.02, 0.011, 0.003])})
+    conv = next(calls(after, gaq.conv.default))
+    assert (conv.args[2].target is gaq.round_half.default) == rounded
+    assert is_call(conv.args[2].args[0] if rounded else conv.args[2], gaq.irreps_linear.default)

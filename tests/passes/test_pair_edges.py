@@ -147,6 +147,33 @@ def test_a_convolution_reads_the_weights_of_bonds(graph, inputs):
     assert linears.issuperset(gradient.users), "both edges' sum comes out of the kernel"
 
 
+def test_a_convolution_reads_the_rounded_weights_of_bonds(graph, inputs):
+    """The gradient is rounded after both edges' sum, where it was rounded before."""
+    spec = f"{WIDTH}x0e * 1x1o -> {WIDTH}x1o | 0.0.0*1.0"
+
+    def energy(vec, receivers, senders, batch):
+        edges = gaq.sort_edges(senders, receivers, batch.shape[0])
+        weight = gaq.round_half(_radial(vec), "conv")
+        return torch.tanh(gaq.conv(_atoms(batch), vec, weight, edges, spec, "conv")).sum(1)
+
+    gm = graph(_forces(energy))
+    after = fuse_rows(gm, FORM, linears=False)
+    backward = next(calls(after, gaq.conv_backward.default))
+    (gradient,) = (user for user in backward.users if user.args[1] == 2)
+    found = dict(zip(("energy", "forces"), zip(gm(*inputs), after(*inputs), strict=True), strict=True))
+    assert torch.equal(*found["energy"]), "weights are rounded alike"
+    assert torch.allclose(*found["forces"], rtol=2e-3, atol=2e-4)
+    rows = {}
+
+    class Rows(torch.fx.Interpreter):
+        def run_node(self, n):
+            rows[n] = super().run_node(n)
+            return rows[n]
+
+    Rows(after).run(*inputs)
+    assert len(rows[backward.args[3]]) == len(rows[gradient]) == BONDS
+
+
 def test_a_convolution_whose_weights_gradient_is_read_by_itself_reads_the_weights_of_edges(graph, inputs):
     spec = f"{WIDTH}x0e * 1x1o -> {WIDTH}x1o | 0.0.0*1.0"
 

@@ -47,7 +47,7 @@ _DTYPES = {"f32": torch.float32, "s16": torch.int16, "s8": torch.int8, "s4": tor
 
 @dataclass(frozen=True)
 class LinearKernel:
-    """A lowered linear: call it with x (N, dim_in), get y (N, dim_out); float32, or float16 where the spec says so.
+    """A lowered linear: call it with x (N, dim_in), get y (N, dim_out), float32 but where the spec says float16.
 
     Attributes:
         plan: what the kernel's text is made from.
@@ -134,8 +134,9 @@ def check_input(x: Tensor, width: int, plan: DensePlan) -> None:
     """
     dtype = torch.float16 if plan.problem.half_in else torch.float32
     if x.ndim != 2 or x.shape[1] != width or x.dtype != dtype:
+        wanted = str(dtype).removeprefix("torch.")
         raise LoweringError(
-            f"expected a {str(dtype).removeprefix('torch.')} tensor (N, {width}), got {x.dtype} {tuple(x.shape)}",
+            f"expected a {wanted} tensor (N, {width}), got {x.dtype} {tuple(x.shape)}",
             where=plan.problem.spec,
         )
 

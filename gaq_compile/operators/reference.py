@@ -78,7 +78,7 @@ def _coupling(l1: int, l2: int, l3: int, dtype: torch.dtype) -> Tensor:
 
 
 def round_half(x: Tensor) -> Tensor:
-    """The nearest float16, in x's dtype: to one part in 2,048, or 2^-24 below 2^-14; infinite from 65,520 on."""
+    """The nearest float16, in x's dtype: to 1 / 2048, or 2^-24 below 2^-14; infinite from 65,520 on."""
     return x.half().to(x.dtype)
 
 

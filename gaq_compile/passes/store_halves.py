@@ -61,7 +61,7 @@ def _gradients(rounded: Node) -> list[Node] | None:
     """The roundings of the gradients of radial weights; None where these are not convolutions' alone."""
     found: list[Node] = []
     for user in rounded.users:
-        place = _CONVOLUTIONS.get(user.target)
+        place = _CONVOLUTIONS.get(user.target)  # type: ignore[call-overload]
         if place is None or user.all_input_nodes.count(rounded) != 1 or user.args[place] is not rounded:
             return None
         parts = user.users if user.target is gaq.conv_backward.default else ()

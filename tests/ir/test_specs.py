@@ -43,8 +43,11 @@ def test_linear_without_paths_round_trip():
 
 @pytest.mark.parametrize(
     ("parse", "text"),
-    [(linear_spec, "2x0e+1x1o -> 3x0e"), (linear_spec, "2x0e+1x0e -> 3x0e | 1:0")]
-    + [(tensor_product_spec, "4x0e * 1x1o -> 4x1o | 0.0.0*0.5")],
+    [
+        (linear_spec, "2x0e+1x1o -> 3x0e"),
+        (linear_spec, "2x0e+1x0e -> 3x0e | 1:0"),
+        (tensor_product_spec, "4x0e * 1x1o -> 4x1o | 0.0.0*0.5"),
+    ],
 )
 def test_half_precision_is_part_of_the_text(parse, text):
     plain, half = parse(text), parse(in_half(text))

@@ -1,4 +1,4 @@
-"""store_halves: radial weights that are rounded to half precision are stored so, where nobody else reads them."""
+"""store_halves: radial weights rounded to half precision are stored so, where nobody else reads them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ATOMS, EDGES = 3, 6
 
 
 class _Radial:
-    """Radial features -> weights -> a convolution, and the gradient of its sum with respect to the features."""
+    """Radial features -> weights -> a convolution, and its gradient with respect to the features."""
 
     def __init__(self, linear: str = "2x0e -> 4x0e", more: str = "") -> None:
         g = torch.Generator().manual_seed(0)

@@ -69,10 +69,10 @@ def conv_forward(spec: str, target: str) -> Launch:
         target: a TVM target in JSON.
 
     Returns:
-        A function of x (N, dim_x), sh (E, dim_sh), weight (E or E / 2, weight_numel), float32 (weights float16
-        where the spec says so), contiguous, component-major, and ``edges = [senders (E), receivers (E),
-        receiver_ptr (N+1), receiver_order (E), sender_ptr (N+1), sender_order (E)]``, int32; it returns
-        out (N, dim_out).
+        A function of x (N, dim_x), sh (E, dim_sh), weight (E or E / 2, weight_numel), float32 (weights
+        float16 where the spec says so), contiguous, component-major, and ``edges = [senders (E),
+        receivers (E), receiver_ptr (N+1), receiver_order (E), sender_ptr (N+1), sender_order (E)]``, int32;
+        it returns out (N, dim_out).
 
     Raises:
         IrrepsError: if the spec violates the selection rules.

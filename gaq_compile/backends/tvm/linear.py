@@ -47,7 +47,7 @@ _DTYPES = {"f32": torch.float32, "s16": torch.int16, "s8": torch.int8, "s4": tor
 
 @dataclass(frozen=True)
 class LinearKernel:
-    """A lowered linear: call it with x (N, dim_in), get y (N, dim_out), float32 but where the spec says float16.
+    """A lowered linear: x (N, dim_in) -> y (N, dim_out), float32 unless the spec says float16.
 
     Attributes:
         plan: what the kernel's text is made from.

@@ -128,7 +128,14 @@ def test_auto_wants_to_know_the_force_error(small):
 
 
 def test_report_and_stages(potential):
-    stages = {"capture", "simplify", "cancel_relayouts", "fuse_tensor_products", "tag_irreps"}
+    stages = {
+        "capture",
+        "simplify",
+        "cancel_relayouts",
+        "fuse_tensor_products",
+        "scale_convolutions",
+        "tag_irreps",
+    }
     assert stages | {"insert_mddq", "derive_forces", "fold_integers", "lower"} <= set(potential.graphs)
     report = json.loads(potential.report.to_json())
     assert {"model", "scheme", "backend", "target", "atoms", "edges", "nodes", "accuracy"} <= set(report)

@@ -18,6 +18,7 @@ from .insert_mddq import insert_mddq
 from .observe import Observed
 from .pack_rows import pack_rows
 from .round_weights import round_weights
+from .scale_convolutions import scale_convolutions
 from .shift_energies import shift_energies
 from .simplify import simplify
 from .tag_irreps import tag_irreps
@@ -27,7 +28,9 @@ Derivation = Callable[[GraphModule, GraphFormat, Sequence[Tensor]], GraphModule]
 
 PREPARED = "tag_irreps"  # the last stage of :func:`prepare`
 # On the captured energy graph, before anything is quantized.
-ENERGY_PASSES: tuple[Pass, ...] = (simplify, cancel_relayouts, fuse_tensor_products, simplify, tag_irreps)
+ENERGY_PASSES: tuple[Pass, ...] = (
+    simplify, cancel_relayouts, fuse_tensor_products, scale_convolutions, simplify, tag_irreps,
+)  # fmt: skip
 
 
 def prepare(captured: GraphModule) -> dict[str, GraphModule]:

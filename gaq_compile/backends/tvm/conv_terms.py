@@ -12,6 +12,7 @@ from ...ir.layout import dim
 from ...ir.specs import TensorProductPath, TensorProductSpec, tensor_product_spec
 
 _DIGITS = 12  # Clebsch-Gordan constants that agree to this many digits are the same number
+_NONE = 1e-12  # and those below are zero
 
 Form = tuple[tuple[int, float], ...]  # a linear form in sh: ((column, value), ...)
 
@@ -124,8 +125,8 @@ def _path_terms(path: TensorProductPath, known: dict[Form, int]) -> PathTerms:
     triples: list[Triple] = []
     forms: dict[tuple[int, int], list[tuple[int, float]]] = {}
     for m1, m2, m3 in constants.nonzero().tolist():
-        value = round(float(constants[m1, m2, m3]) * path.coefficient, _DIGITS)
-        if value != 0.0:
+        value = float(f"{float(constants[m1, m2, m3]) * path.coefficient:.{_DIGITS}g}")
+        if abs(float(constants[m1, m2, m3])) > _NONE:
             triple = Triple(m1, sh.base + m2 * sh.stride, m3, value)
             triples.append(triple)
             forms.setdefault((m1, m3), []).append((triple.column, value))

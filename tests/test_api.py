@@ -128,15 +128,9 @@ def test_auto_wants_to_know_the_force_error(small):
 
 
 def test_report_and_stages(potential):
-    stages = {
-        "capture",
-        "simplify",
-        "cancel_relayouts",
-        "fuse_tensor_products",
-        "scale_convolutions",
-        "tag_irreps",
-    }
-    assert stages | {"insert_mddq", "derive_forces", "fold_integers", "lower"} <= set(potential.graphs)
+    prepared = ("simplify", "cancel_relayouts", "fuse_tensor_products", "scale_convolutions", "tag_irreps")
+    made = ("insert_mddq", "derive_forces", "fold_integers", "lower")
+    assert {"capture", *prepared, *made} <= set(potential.graphs)
     report = json.loads(potential.report.to_json())
     assert {"model", "scheme", "backend", "target", "atoms", "edges", "nodes", "accuracy"} <= set(report)
     assert report["model"] == "Small" and report["scheme"] == "w8" and report["nodes"]["fallback"] == []

@@ -17,6 +17,8 @@ GRADIENT = "g16"
 """The activation of a gradient in integers (numerics.gradients)."""
 HALF = "f16"
 """What follows a spec's ``;`` where rows are kept in half precision (:mod:`..passes.store_halves`)."""
+GRADIENT_EXPONENT = 10
+"""Gradients are kept in half precision times 2^10: all digits from 6e-8 eV, none from 64 eV on."""
 FLOATS = ("f32", GRADIENT)  # activations without a scheme
 
 
@@ -64,7 +66,7 @@ class LinearSpec:
     weights. A bias, where there is one, is the concatenation over the ``0e`` output blocks.
     ``scale_offset`` is a path's place in a flat
     per-output-channel scale vector (one scale per path and output channel). ``"...; f16"``: rows of
-    ``irreps_out`` are float16, the map's results and what its adjoint takes.
+    ``irreps_out`` are float16, the map's results and, times 2^10, what its adjoint takes.
     """
 
     irreps_in: str
@@ -169,8 +171,8 @@ class TensorProductSpec:
     The string is ``"<irreps_x> * <irreps_sh> -> <irreps_out> | 0.0.0 1.1.2*0.5 ..."``: the
     instructions ``i_x.i_sh.i_out``, with a coefficient where it is not 1. ``irreps_sh`` has
     multiplicity 1 throughout, ``irreps_out`` may be unsimplified (each instruction its own entry);
-    each instruction owns ``mul`` consecutive per-edge weights, in order. ``"...; f16"``: weights, and
-    their gradient, are float16.
+    each instruction owns ``mul`` consecutive per-edge weights, in order. ``"...; f16"``: weights are
+    float16, and so is their gradient times 2^10.
     """
 
     irreps_x: str

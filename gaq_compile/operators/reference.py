@@ -77,9 +77,14 @@ def _coupling(l1: int, l2: int, l3: int, dtype: torch.dtype) -> Tensor:
     return o3.wigner_3j(l1, l2, l3, dtype=torch.float64).to(dtype)
 
 
-def round_half(x: Tensor) -> Tensor:
-    """The nearest float16, in x's dtype: to 1 / 2048, or 2^-24 below 2^-14; infinite from 65,520 on."""
-    return x.half().to(x.dtype)
+def to_half(x: Tensor, exponent: int) -> Tensor:
+    """The float16 nearest to ``2^exponent x``: to 1 / 2048, or 2^-24 below 2^-14; infinite from 65,520 on."""
+    return (x * 2.0**exponent).half()
+
+
+def from_half(stored: Tensor, exponent: int, dtype: torch.dtype) -> Tensor:
+    """What :func:`to_half` was given, as it was rounded."""
+    return stored.to(dtype) * 2.0**-exponent
 
 
 def tensor_product(x: Tensor, sh: Tensor, weight: Tensor, spec: str) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import activation_scheme
 from ..ir.layout import dim
-from ..ir.specs import LinearSpec, gate_spec, linear_spec, tensor_product_spec
+from ..ir.specs import GRADIENT_EXPONENT, LinearSpec, gate_spec, linear_spec, tensor_product_spec
 from ..numerics import activations as act
 from ..numerics import packing, weights
 from . import reference as ref
@@ -134,7 +134,7 @@ def int_irreps_linear(
     """
     s = linear_spec(spec)
     plain, weight_scale = _plain(codes, bits, s), weight_scale.float()
-    x = x.float() if s.half and transpose else x
+    x = ref.from_half(x, GRADIENT_EXPONENT, torch.float32) if s.half and transpose else x
     if scheme == "g16":
         return ref.gradient_linear(x, plain, weight_scale, x_scale, spec)
     held = x_scale
@@ -195,22 +195,22 @@ mddq.register_autograd(_mddq_backward, setup_context=_mddq_setup)
 
 
 @_custom("round_half")
-def round_half(x: Tensor, label: str) -> Tensor:
-    """Round to the nearest float16, and back: what rows that are stored in half precision hold."""
-    return ref.round_half(x)
+def round_half(x: Tensor, exponent: int, label: str) -> Tensor:
+    """``2^exponent x`` to the nearest float16, and back: what rows that are stored in half precision hold."""
+    return ref.from_half(ref.to_half(x, exponent), exponent, x.dtype)
 
 
 @round_half.register_fake
-def _(x, label):  # type: ignore[no-untyped-def]
+def _(x, exponent, label):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)
 
 
 def _half_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    _, ctx.label = inputs
+    _, _, ctx.label = inputs
 
 
 def _half_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    return ops.round_half(grad, ctx.label), None
+    return ops.round_half(grad, GRADIENT_EXPONENT, ctx.label), None, None
 
 
 round_half.register_autograd(_half_backward, setup_context=_half_setup)
@@ -398,7 +398,8 @@ def conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``conv`` with respect to x, sh and weight, each in its tensor's shape."""
     to_x, to_sh, to_weight = ref.conv_backward(grad, x, sh, weight.to(x.dtype), list(edges), spec)
-    return to_x, to_sh, to_weight.to(weight.dtype)
+    half = tensor_product_spec(spec).half
+    return to_x, to_sh, ref.to_half(to_weight, GRADIENT_EXPONENT) if half else to_weight
 
 
 @conv_backward.register_fake

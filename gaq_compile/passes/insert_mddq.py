@@ -14,7 +14,7 @@ After (w8a8)::
 The codes hold the steps of the channels that they meet. Weights of 4 bits do not: there the
 activations come on a grid that all channels of a block have in common (scheme 's8 m8d8 common').
 
-What a radial network gives a convolution is rounded to half precision: ``gaq.round_half(y, 'layer')``.
+What a radial network gives a convolution is rounded to half precision: ``gaq.round_half(y, 0)``.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _halve_radial_weights(gm: GraphModule, config: QuantConfig) -> None:
             continue
         if is_call(weight, gaq.irreps_linear.default):
             with gm.graph.inserting_before(node):
-                rounded = gm.graph.call_function(gaq.round_half.default, (weight, label))
+                rounded = gm.graph.call_function(gaq.round_half.default, (weight, 0, label))
             rounded.meta["bits"] = "f16"
             node.update_arg(2, rounded)
 

@@ -2,10 +2,10 @@
 
 Before::
 
-    w = gaq.round_half(gaq.int_irreps_linear(r, ..., '64x0e -> 960x0e', ...), 'conv')
-    y = gaq.conv(x, sh, w, edges, spec, 'conv')
+    w = gaq.round_half(gaq.int_irreps_linear(r, ..., '64x0e -> 960x0e', ...), 0)
+    y = gaq.conv(x, sh, w, edges, spec)
     ...
-    g = gaq.round_half(gaq.conv_backward(dy, x, sh, w, edges, spec, 'conv')[2], 'conv')
+    g = gaq.round_half(gaq.conv_backward(dy, x, sh, w, edges, spec)[2], 10)
     dr = gaq.int_irreps_linear(g, ..., '64x0e -> 960x0e', ...)                       # transposed
 
 After: the same without ``round_half``, ``'64x0e -> 960x0e ; f16'`` and ``spec + ' ; f16'``
@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 from torch.fx import GraphModule, Node
 
-from ..ir.specs import in_half, linear_spec
+from ..ir.specs import GRADIENT_EXPONENT, in_half, linear_spec
 from .graph_tools import calls, gaq, is_call
 from .row_shapes import RowShape
 
@@ -42,7 +42,11 @@ def store_halves(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
     """
     for rounded in calls(gm, gaq.round_half.default):
         gradients = _gradients(rounded)
-        if gradients is None or not _is_product(rounded.args[0], rounded, transposed=False):
+        if (
+            rounded.args[1] != 0
+            or gradients is None
+            or not _is_product(rounded.args[0], rounded, transposed=False)
+        ):
             continue
         product = rounded.args[0]
         for user in tuple(rounded.users):
@@ -66,7 +70,9 @@ def _gradients(rounded: Node) -> list[Node] | None:
             return None
         parts = user.users if user.target is gaq.conv_backward.default else ()
         for part in (p for p in parts if p.target is operator.getitem and p.args[1] == 2):
-            if not all(is_call(g, gaq.round_half.default) for g in part.users):
+            if not all(
+                is_call(g, gaq.round_half.default) and g.args[1] == GRADIENT_EXPONENT for g in part.users
+            ):
                 return None
             found += part.users
     products = all(_is_product(reader, g, transposed=True) for g in found for reader in g.users)

@@ -23,7 +23,7 @@ from gaq_compile.backends.tvm.linear import (
 )
 from gaq_compile.errors import ConfigError, LoweringError
 from gaq_compile.ir.layout import Block, blocks, channels, dim, simplified, view
-from gaq_compile.ir.specs import in_half
+from gaq_compile.ir.specs import GRADIENT_EXPONENT, in_half
 from gaq_compile.numerics.activations import fake_quantize, quantize_block
 from gaq_compile.numerics.gradients import fake_quantize_gradient, quantize_gradient
 from gaq_compile.numerics.weights import dequantize_weight, quantize_weight, with_steps
@@ -137,9 +137,12 @@ def test_half_precision_rows_are_the_rounded_ones(spec: str, activation: str) ->
     for rows in (1, 7, 100):
         x, made = tensors(plain, rows, seed=rows)
         x = x.half() if back else x
-        found, wanted = lower(half, made)(x), lower(plain, made)(x.float())
+        found = lower(half, made)(x)
+        wanted = lower(plain, made)(x.float() * (2.0**-GRADIENT_EXPONENT if back else 1.0))
         assert found.dtype == (torch.float32 if back else torch.float16)
         assert torch.equal(found, wanted.to(found.dtype)) and bool(found.any())
+    with pytest.raises(LoweringError, match="half precision are for integer weights"):
+        LinearProblem(in_half(spec))
     with pytest.raises(LoweringError, match="expected a float16 tensor" if back else "expected a float32"):
         lower(half, made)(x.double())
 

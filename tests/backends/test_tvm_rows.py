@@ -267,8 +267,9 @@ def test_every_operator_has_a_case() -> None:
     assert known | {gaq.round_half.default} == set(OPERATORS)
 
 
+@pytest.mark.parametrize("exponent", [0, 10])
 @pytest.mark.parametrize("width", [1, 17, 24])
-def test_halves_are_rounded_as_torch_rounds_them(width: int) -> None:
+def test_halves_are_rounded_as_torch_rounds_them(width: int, exponent: int) -> None:
     """Every bit of any number: random ones, ties, what is too small and what is too large."""
     g = torch.Generator().manual_seed(width)
     any_bits = (
@@ -280,9 +281,9 @@ def test_halves_are_rounded_as_torch_rounds_them(width: int) -> None:
     x = torch.cat([any_bits, around, ties, torch.nextafter(ties, -ties), some])
     x = x[: len(x) // width * width].view(-1, width)
     group = _Group()
-    fused = group.fused(group(gaq.round_half.default, group.argument(width), "conv"))
+    fused = group.fused(group(gaq.round_half.default, group.argument(width), exponent, "conv"))
     (got,) = lower_rows(fused, host_target())[0](x)
-    wanted = x.half().float()
+    wanted = (2.0**exponent * x).half().float() / 2.0**exponent
     assert torch.equal(got.isnan(), wanted.isnan())
     assert torch.equal(got.nan_to_num(0.125), wanted.nan_to_num(0.125))
 

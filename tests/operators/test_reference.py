@@ -503,10 +503,12 @@ def test_halves_are_rounded_and_so_are_their_gradients():
         [1.0, 1.0 + 2.0**-11, 1.0 + 3 * 2.0**-11, 65519.0, 65520.0, 2.0**-25, -0.3], dtype=torch.float32
     )
     leaf = x.clone().requires_grad_()
-    rounded = ops.round_half(leaf, "conv")
+    rounded = ops.round_half(leaf, 0, "conv")
     assert rounded.tolist() == [1.0, 1.0, 1.0 + 2.0**-9, 65504.0, math.inf, 0.0, -0.300048828125]
     rounded.backward(x)
-    assert torch.equal(leaf.grad, ops.round_half(x, "conv"))
+    assert torch.equal(leaf.grad, (1024 * x).half().float() / 1024)
+    assert leaf.grad.tolist() == [*rounded.tolist()[:3], math.inf, math.inf, 2.0**-25, leaf.grad.tolist()[-1]]
+    assert torch.equal(ops.round_half(x.double(), 0, "conv"), rounded.double())
 
 
 def test_a_half_precision_linear_is_the_rounded_one():
@@ -517,8 +519,9 @@ def test_a_half_precision_linear_is_the_rounded_one():
     plain = ops.int_irreps_linear(x, *arguments, INTEGERS, "s8 m8d8", 8, False, "l")
     half = ops.int_irreps_linear(x, *arguments, in_half(INTEGERS), "s8 m8d8", 8, False, "l")
     assert half.dtype == torch.float16 and torch.equal(half, plain.half())
-    back = ops.int_irreps_linear(grad.half(), *arguments, in_half(INTEGERS), "g16", 8, True, "l")
-    wanted = ops.int_irreps_linear(grad.half().float(), *arguments, INTEGERS, "g16", 8, True, "l")
+    stored_grad = (1024 * grad).half()
+    back = ops.int_irreps_linear(stored_grad, *arguments, in_half(INTEGERS), "g16", 8, True, "l")
+    wanted = ops.int_irreps_linear(stored_grad.float() / 1024, *arguments, INTEGERS, "g16", 8, True, "l")
     assert back.dtype == torch.float32 and torch.equal(back, wanted)
 
 

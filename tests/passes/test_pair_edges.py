@@ -153,7 +153,7 @@ def test_a_convolution_reads_the_rounded_weights_of_bonds(graph, inputs):
 
     def energy(vec, receivers, senders, batch):
         edges = gaq.sort_edges(senders, receivers, batch.shape[0])
-        weight = gaq.round_half(_radial(vec), "conv")
+        weight = gaq.round_half(_radial(vec), 0, "conv")
         return torch.tanh(gaq.conv(_atoms(batch), vec, weight, edges, spec, "conv")).sum(1)
 
     gm = graph(_forces(energy))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from gaq_compile.ir.specs import GRADIENT_EXPONENT
 from gaq_compile.passes.graph_tools import calls
 from gaq_compile.passes.row_shapes import RowShape
 from gaq_compile.passes.store_halves import store_halves
@@ -21,7 +22,9 @@ ATOMS, EDGES = 3, 6
 class _Radial:
     """Radial features -> weights -> a convolution, and its gradient with respect to the features."""
 
-    def __init__(self, linear: str = "2x0e -> 4x0e", more: str = "") -> None:
+    def __init__(
+        self, linear: str = "2x0e -> 4x0e", more: str = "", exponent: int = GRADIENT_EXPONENT
+    ) -> None:
         g = torch.Generator().manual_seed(0)
         self.graph, self.root, self.shapes = Graph(), nn.Module(), dict[Node, RowShape]()
         size = 8 * (2 if "|" in linear else 1)
@@ -30,14 +33,14 @@ class _Radial:
         self.root.register_buffer("scale", torch.rand(size // 2, generator=g) * 0.01)
         inputs = ["r", "x", "sh", "grad", *(f"e{k}" for k in range(6))]
         self.r, self.x, self.sh, self.grad, *self.edges = (self.graph.placeholder(name) for name in inputs)
-        self.rounded = self.half(self.linear(self.r, linear, False))
+        self.rounded = self.half(self.linear(self.r, linear, False), 0)
         out = self.call(gaq.conv.default, self.x, self.sh, self.rounded, self.edges, PRODUCT, "conv")
         arguments = (self.grad, self.x, self.sh, self.rounded, self.edges, PRODUCT, "conv")
         backward = self.call(gaq.conv_backward.default, *arguments)
         found = [out, *(self.graph.call_function(getitem, (backward, k)) for k in range(2))]
         self.to_weight = self.graph.call_function(getitem, (backward, 2))
         self.shapes[self.to_weight] = self.shapes[self.rounded]
-        found.append(self.linear(self.half(self.to_weight), linear, True))
+        found.append(self.linear(self.half(self.to_weight, exponent), linear, True))
         if more:
             found.append(
                 self.call(aten.neg.default, {"weight": self.rounded, "gradient": self.to_weight}[more])
@@ -54,8 +57,8 @@ class _Radial:
         scheme = "g16" if transpose else "f32"
         return self.call(gaq.int_irreps_linear.default, *with_codes, spec, scheme, 8, transpose, "layer")
 
-    def half(self, x: Node) -> Node:
-        return self.call(gaq.round_half.default, x, "conv")
+    def half(self, x: Node, exponent: int) -> Node:
+        return self.call(gaq.round_half.default, x, exponent, "conv")
 
     def module(self) -> GraphModule:
         return GraphModule(self.root, self.graph)
@@ -79,7 +82,7 @@ def _stored(radial: _Radial) -> GraphModule:
 def test_before_and_after(listing):
     radial = _Radial()
     lines = listing(radial.module())
-    assert "round_half_default = gaq.round_half(int_irreps_linear_default)" in lines
+    assert "round_half_default = gaq.round_half(int_irreps_linear_default, 0)" in lines
     after = _stored(radial)
     text = "\n".join(listing(after))
     assert "round_half" not in text
@@ -113,6 +116,12 @@ def test_nothing_but_the_type_changes():
 @pytest.mark.parametrize("more", ["weight", "gradient"])
 def test_what_somebody_else_reads_stays_as_it_is(more, listing):
     radial = _Radial(more=more)
+    before = listing(radial.module())
+    assert listing(_stored(radial)) == before
+
+
+def test_another_unit_stays_as_it_is(listing):
+    radial = _Radial(exponent=3)
     before = listing(radial.module())
     assert listing(_stored(radial)) == before
 

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from ...ir.layout import Block
-from ...ir.specs import TensorProductPath
+from ...ir.specs import GRADIENT_EXPONENT, TensorProductPath
 from .build import compile_kernel
 from .conv_schedule import DEFAULT, ConvSchedule, conv_schedule_from
 from .conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_problem, conv_width, weight_row
@@ -461,14 +461,18 @@ def _backward_path(
         sums[m1].append(f"w{k} * h{k}_{m1}")
     place, zero = _weight(terms, "grad_weight", weight, lanes), splat(literal(0.0), lanes)
     before = f"T.Select({splat('sweep == 1', lanes)}, {place}, {zero})"
-    total = signed_sum([(1, f"x{m1} * h{k}_{m1}") for m1 in by_in], before)
-    total = f'T.Cast("{many("float16", lanes)}", {total})' if terms.half else total
+    products = [(1, f"x{m1} * h{k}_{m1}") for m1 in by_in]
+    if terms.half:
+        unit = splat(literal(2.0**GRADIENT_EXPONENT), lanes)
+        total = f'T.Cast("{many("float16", lanes)}", {before} + ({signed_sum(products)}) * {unit})'
+    else:
+        total = signed_sum(products, before)
     lines.append(f"{vector('grad_weight', weight, lanes, 'row[j]')} = {total}")
     return lines
 
 
 def _weight(terms: PathTerms, buffer: str, place: str, lanes: int) -> str:
-    """Weights of edge ``j`` in float32."""
+    """Weights of edge ``j``, or their gradient, as they are stored, in float32."""
     stored = vector(buffer, place, lanes, "row[j]")
     return f'T.Cast("{many("float32", lanes)}", {stored})' if terms.half else stored
 

@@ -69,7 +69,12 @@ class LinearProblem:
                 where=str(self),
                 fix="leave 'common' out of the activation scheme, or use weights s8 or s4",
             )
-        linear_spec(self.spec)
+        if self.linear.half and self.weight == "f32":
+            raise LoweringError(
+                "rows in half precision are for integer weights",
+                where=str(self),
+                fix="leave '; f16' out of the spec, or use weights s8 or s4",
+            )
 
     @property
     def linear(self) -> LinearSpec:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...errors import LoweringError
 from ...ir.layout import Block, blocks, channels, simplified
+from ...ir.specs import GRADIENT_EXPONENT
 from ...numerics.weights import rows_of
 from .build import compile_kernel
 from .database import bucket, threads, tuned
@@ -325,9 +326,10 @@ def _pack_scales(plan: DensePlan, weight_scale: Tensor | None, x_scale: Tensor |
         return packed
     scale, scheme = weight_scale.detach().float().cpu(), plan.problem.scheme
     if plan.problem.transpose:
+        stored = 2.0**-GRADIENT_EXPONENT if plan.problem.half_in else 1.0
         for o, path in zip(plan.operands, plan.problem.linear.paths, strict=True):
             mul = path.block_out.mul
-            packed[o.index : o.index + mul] = scale[path.scale_offset : path.scale_offset + mul]
+            packed[o.index : o.index + mul] = stored * scale[path.scale_offset : path.scale_offset + mul]
         for p in plan.products:
             held = 1.0 if x_scale is None else 1.0 / rows_of(x_scale.detach().float().cpu(), p.path)[:, 0]
             packed[p.scale : p.scale + p.block.mul] = held

@@ -118,6 +118,11 @@ def _sign(e: Emitter, x: str) -> str:
     return f"T.Select({x} > {zero}, {e.number(1.0)}, T.Select({x} < {zero}, {e.number(-1.0)}, {zero}))"
 
 
+def _half(e: Emitter, x: str, exponent: int, label: str) -> str:
+    rounded = e.half(e.keep(f"{x} * {e.number(2.0**exponent)}") if exponent else x)
+    return f"{rounded} * {e.number(2.0**-exponent)}" if exponent else rounded
+
+
 _MOST_WHOLE = 1 << 20  # exponents up to which squares are multiplied
 OPERATORS: dict[object, Callable[..., str]] = {
     aten.abs.default: lambda e, x: f"T.fabs({x})",
@@ -151,5 +156,5 @@ OPERATORS: dict[object, Callable[..., str]] = {
     aten.sqrt.default: lambda e, x: f"T.sqrt({x})",
     aten.sub.Tensor: _infix("-"),
     aten.where.self: _chosen,
-    gaq.round_half.default: lambda e, x, label: e.half(x),
+    gaq.round_half.default: _half,
 }

@@ -43,7 +43,7 @@ from gaq_compile.ir.specs import tensor_product_spec
 from gaq_compile.potential import Potential
 from gaq_compile.tools.machine import Machine, measure_machine, processor
 from gaq_compile.tools.roofline import linear_operations, product_gradient_operations, product_operations
-from gaq_compile.tools.tune import GetWorkers, KernelTask, kernel_tasks, measured_on, tune_tasks
+from gaq_compile.tools.tune import GRANT, GetWorkers, KernelTask, kernel_tasks, measured_on, tune_tasks
 
 NEAR = 0.9
 """A default whose limit is at least this share of its time has nothing that tuning could find."""
@@ -60,12 +60,14 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["sevennet-0", "so3lr"])
     parser.add_argument("--schemes", nargs="+", default=["fp32", "w8", "w8a8"])
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
-    parser.add_argument("--trials", type=int, default=16, help="candidates of each kernel (default: 16)")
+    parser.add_argument("--trials", type=int, default=GRANT, help="candidates of each kernel (default: 16)")
     parser.add_argument("--keep", type=Path, help="folder where potentials are kept, and looked for")
     parser.add_argument("--json", type=Path, help="write every figure here")
     parser.add_argument("--page", type=Path, help="fill the table of this page")
     parser.add_argument("--ship", action="store_true", help="write confirmed choices into the package")
     options = parser.parse_args()
+    if options.trials < GRANT:
+        parser.error(f"--trials: fewer than {GRANT} would leave kernels out")
     console = Console()
     made = [potential(m, s, options.keep) for m in options.models for s in options.schemes]
     tasks = distinct(made, options.families)

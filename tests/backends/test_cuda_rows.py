@@ -30,6 +30,11 @@ def test_functions_are_as_exact_as_they_say(row: tuple[int, ...]) -> None:
     checks.test_powers_are_as_exact_as_their_logarithm(row)
 
 
+@pytest.mark.parametrize("exponent", [0, 10])
+def test_halves_are_rounded_as_torch_rounds_them(exponent: int) -> None:
+    checks.test_halves_are_rounded_as_torch_rounds_them(17, exponent)
+
+
 @pytest.mark.parametrize(
     "check",
     [

@@ -170,14 +170,16 @@ def work(key: KernelKey) -> tuple[dict[str, float], float, float]:
         each = linear_operations(plan)
         weights = _BYTES[problem["weight"]] * plan.problem.linear.weight_numel
         operations = {kind: float(key.rows * one) for kind, one in each.items()}
-        return operations, weights + 4.0 * key.rows * plan.dim_in, 4.0 * key.rows * plan.dim_out
+        given, made = (2.0 if half else 4.0 for half in (plan.problem.half_in, plan.problem.half_out))
+        return operations, weights + given * key.rows * plan.dim_in, made * key.rows * plan.dim_out
     if key.family in ROW_KERNELS:
         *given, made = ROW_KERNELS[key.family].widths(problem)
         operations = {"f32": float(key.rows * max(sum(given), made))}
         return operations, 4.0 * key.rows * sum(given), 4.0 * key.rows * made
     spec, nodes = tensor_product_spec(str(problem["spec"])), graph_size(key.rows)
     x, out = 4.0 * nodes * dim(spec.irreps_x), 4.0 * nodes * dim(spec.irreps_out)
-    edges = 4.0 * key.rows * (dim(spec.irreps_sh) + spec.weight_numel)
+    weights = (2.0 if spec.half else 4.0) * key.rows / 2 * spec.weight_numel  # one row for each bond
+    edges = 4.0 * key.rows * dim(spec.irreps_sh) + weights
     if key.family == "conv":
         return {"f32": float(key.rows * product_operations(problem["spec"]))}, x + edges, out
     operations = {"f32": float(key.rows * product_gradient_operations(problem["spec"]))}

@@ -125,7 +125,10 @@ class LinearFamily:
         problem = _problem(key)
         x, tensors = _linear_tensors(problem, key.rows)
         lowered = lower_linear(problem, *tensors, key.target, schedule_from(schedule))
-        y = torch.empty(key.rows, dim(problem.irreps_out))
+        x = x.half() if problem.half_in else x
+        y = torch.empty(
+            key.rows, dim(problem.irreps_out), dtype=torch.half if problem.half_out else torch.float
+        )
         _, task = launch(lowered.plan, key.rows, threads)
 
         def call() -> Sequence[Tensor]:
@@ -177,14 +180,15 @@ class ConvFamily:
     def example(
         self, key: KernelKey, schedule: dict[str, Any], threads: int, kernel: Callable[..., None]
     ) -> Call:
-        """A call on seeded features of a regular graph; gradients if backward."""
+        """A call on seeded features of a regular graph, with weights for each bond; gradients if backward."""
         spec = tensor_product_spec(str(json.loads(key.problem)["spec"]))
         edges, nodes = _graph(key.rows)
         g = torch.Generator().manual_seed(0)
         x = torch.randn(nodes, dim(spec.irreps_x), generator=g)
         grad = torch.randn(nodes, dim(spec.irreps_out), generator=g)
         sh = torch.randn(key.rows, dim(spec.irreps_sh), generator=g)
-        weight = torch.randn(key.rows, spec.weight_numel, generator=g)
+        weight = torch.randn(key.rows // 2, spec.weight_numel, generator=g)
+        weight = weight.half() if spec.half else weight
         outputs: list[Tensor] = [torch.empty_like(grad)]
         arguments = [x, sh, weight, edges[0], edges[2], edges[3]]
         if self.backward:
@@ -360,11 +364,12 @@ def graph_size(edges: int) -> int:
 
 
 def _graph(edges: int) -> tuple[list[Tensor], int]:
-    """A regular graph as the convolution takes it, and how many nodes it has."""
-    degree, nodes = _DEGREES.get(edges, 16), graph_size(edges)
-    index = torch.arange(edges)
-    receivers = torch.clamp(index // degree, max=nodes - 1)
-    senders = (receivers + 1 + 3 * (index % degree)) % nodes
+    """A graph whose second half of edges is the first reversed, as convolutions take it, and its nodes."""
+    degree, nodes = max(1, _DEGREES.get(edges, 16) // 2), graph_size(edges)
+    index = torch.arange(edges // 2)
+    first = torch.clamp(index // degree, max=nodes - 1)
+    second = (first + 1 + 3 * (index % degree)) % nodes
+    receivers, senders = torch.cat([first, second]), torch.cat([second, first])
 
     def ordered(ends: Tensor) -> list[Tensor]:
         counts = torch.bincount(ends, minlength=nodes)

@@ -176,7 +176,7 @@ def load(
 
     content = read(Path(path))
     backends = _backends(backend, target)
-    grouped = group_rows(content.graph, content.form, backends[0].groups_linears, backends[0].groups_sums)
+    grouped = group_rows(content.graph, content.form, backends[0])
     lowered, placements = lower(grouped, backends, strict)
     on_gpu = is_cuda(backends[0].target)
     report = replace(content.report, placements=placements)
@@ -211,9 +211,8 @@ class _Built:
 
 
 def _build(trace: _Trace, config: QuantConfig) -> _Built:
-    subject, takes = trace.subject, trace.backends[0]
-    joined = (takes.groups_linears, takes.groups_sums)  # what groups of rows take in
-    key, choice = _build_key(subject, config, joined), dict[str, Any]()
+    subject, backend = trace.subject, trace.backends[0]
+    key, choice = _build_key(subject, config, backend), dict[str, Any]()
     entry = fetch(key, needed=["fold_integers", "group_rows"])
     if entry is not None:
         stages = entry.graphs
@@ -224,23 +223,25 @@ def _build(trace: _Trace, config: QuantConfig) -> _Built:
             trace.prepared, config, observed, subject.form, subject.example, subject.calibration_batches,
             cached_forces,
         )  # fmt: skip
-        made["group_rows"] = group_rows(made["fold_integers"], subject.form, *joined)
+        made["group_rows"] = group_rows(made["fold_integers"], subject.form, backend)
         store(key, made, {})
         stages = Stages(made)
     lowered, placements = lower(stages["group_rows"], trace.backends, trace.strict, trace.progress)
     graphs = stages | {"lower": lowered}
-    blank = _blank_report(subject, config, trace.backends[0])
+    blank = _blank_report(subject, config, backend)
     potential = Potential(graphs, subject.form, config, blank, on_gpu=is_cuda(blank.target))
     return _Built(config, choice, graphs, placements, potential)
 
 
-def _build_key(subject: Subject, config: QuantConfig, joined: tuple[bool, bool]) -> str | None:
-    """The key of a configuration's graphs: of the captured graph, the configuration, how torch computes, and
-    the bytes of all calibration batches, if anything is rounded. None where bits are chosen by measuring.
+def _build_key(subject: Subject, config: QuantConfig, backend: Backend) -> str | None:
+    """The key of a configuration's graphs: of the captured graph, the configuration, what joins groups of rows,
+    how torch computes, and the bytes of all calibration batches, if anything is rounded. None where bits are
+    chosen by measuring.
     """
     if subject.key is None or config.max_force_error is not None:
         return None
-    parts: list[str | bytes] = ["build", subject.key, config.to_json(), str(joined)]
+    joins = str((backend.groups_linears, backend.groups_sums))
+    parts: list[str | bytes] = ["build", subject.key, config.to_json(), joins]
     if config != resolve("fp32"):
         for batch in subject.calibration_batches:
             parts += ["batch", *map(tensor_bytes, batch)]

@@ -94,40 +94,30 @@ def quantize(
         DeviceError: with ``measure``, for a GPU where there is none.
         VerificationError: if the fusion-only form differs from the original beyond rounding.
     """
-    config = resolve(scheme, overrides, max_force_error)
-    if config.scheme == AUTO and config.max_force_error is None:
-        raise ConfigError(
-            f"{AUTO!r} chooses bits for a force error, and none is given", fix="max_force_error=5.0 (meV/Å)"
-        )
+    config = _config(scheme, overrides, max_force_error)
     backends = _backends(backend, target)
     runs_here = not is_cuda(backends[0].target) or gpu_architecture() is not None
     if measure and not runs_here:
         require_gpu()
     subject, stages = trace(model, example_graph)
-    prepared = stages[PREPARED]
-    config.check_patterns(_names(prepared))
-
-    traced = _Trace(prepared, subject, backends, strict, progress)
-    if runs_here:
-        in_torch = replace(traced, backends=[make_backend("reference")])
-        fused = _build(traced if config == resolve("fp32") else in_torch, resolve("fp32"))
-        fp32 = checks.check_fp32(subject.sides(fused.potential), subject.tests, subject.name)
-        built = fused if config == resolve("fp32") else _build(traced, config)
-        _check_kernels(traced, built)
-        figures = _measured(subject, built, fp32, measure)
-    else:
-        built = _build(traced, config)
-        figures = {"memory": weight_bytes(built.graphs["fold_integers"])}
-    report = replace(
-        _blank_report(subject, built.config, backends[0]),
-        placements=built.placements,
-        choice=built.choice,
-        **figures,
-    )
+    traced = _Trace(stages, subject, backends, strict, progress)
+    config.check_patterns(_names(traced.prepared))
+    built, figures = _checked(traced, config, measure) if runs_here else _unchecked(traced, config)
+    report = _report(traced, built, figures)
     _warn_if_missed(report, config.max_force_error)
-    graphs = stages | built.graphs
-    calibrated, on_gpu = _calibrated(subject, built.config), is_cuda(report.target)
-    return Potential(graphs, subject.form, built.config, report, calibrated, on_gpu)
+    return _finished(traced, built, report)
+
+
+def _config(
+    scheme: str | QuantConfig, overrides: Mapping[str, Any] | None, max_force_error: float | None
+) -> QuantConfig:
+    """What :func:`quantize` was asked for."""
+    config = resolve(scheme, overrides, max_force_error)
+    if config.scheme == AUTO and config.max_force_error is None:
+        raise ConfigError(
+            f"{AUTO!r} chooses bits for a force error, and none is given", fix="max_force_error=5.0 (meV/Å)"
+        )
+    return config
 
 
 def _warn_if_missed(report: Report, most: float | None) -> None:
@@ -189,11 +179,16 @@ def load(
 class _Trace:
     """What every build of one model shares."""
 
-    prepared: GraphModule
+    stages: Stages
     subject: Subject
     backends: list[Backend]
     strict: bool
     progress: bool
+
+    @property
+    def prepared(self) -> GraphModule:
+        """The float energy graph."""
+        return self.stages[PREPARED]
 
 
 @dataclass(frozen=True)
@@ -208,6 +203,36 @@ class _Built:
     graphs: Stages
     placements: tuple[Placement, ...]
     potential: Potential
+
+
+def _checked(traced: _Trace, config: QuantConfig, measure: bool) -> tuple[_Built, dict[str, Any]]:
+    """The configuration's graphs and the report's figures, after the fusion-only form has stood beside the
+    original, and the kernels beside the same graph in torch.
+    """
+    subject, plain = traced.subject, resolve("fp32")
+    in_torch = replace(traced, backends=[make_backend("reference")])
+    fused = _build(traced if config == plain else in_torch, plain)
+    fp32 = checks.check_fp32(subject.sides(fused.potential), subject.tests, subject.name)
+    built = fused if config == plain else _build(traced, config)
+    _check_kernels(traced, built)
+    return built, _measured(subject, built, fp32, measure)
+
+
+def _unchecked(traced: _Trace, config: QuantConfig) -> tuple[_Built, dict[str, Any]]:
+    """The same where the kernels cannot run."""
+    built = _build(traced, config)
+    return built, {"memory": weight_bytes(built.graphs["fold_integers"])}
+
+
+def _report(traced: _Trace, built: _Built, figures: Mapping[str, Any]) -> Report:
+    blank = _blank_report(traced.subject, built.config, traced.backends[0])
+    return replace(blank, placements=built.placements, choice=built.choice, **figures)
+
+
+def _finished(traced: _Trace, built: _Built, report: Report) -> Potential:
+    subject, graphs = traced.subject, traced.stages | built.graphs
+    calibrated, on_gpu = _calibrated(subject, built.config), is_cuda(report.target)
+    return Potential(graphs, subject.form, built.config, report, calibrated, on_gpu)
 
 
 def _build(trace: _Trace, config: QuantConfig) -> _Built:
@@ -234,9 +259,9 @@ def _build(trace: _Trace, config: QuantConfig) -> _Built:
 
 
 def _build_key(subject: Subject, config: QuantConfig, backend: Backend) -> str | None:
-    """The key of a configuration's graphs: of the captured graph, the configuration, what joins groups of rows,
-    how torch computes, and the bytes of all calibration batches, if anything is rounded. None where bits are
-    chosen by measuring.
+    """The key of a configuration's graphs: of the captured graph, the configuration, what joins groups of
+    rows, how torch computes, and the bytes of all calibration batches, if anything is rounded. None where
+    bits are chosen by measuring.
     """
     if subject.key is None or config.max_force_error is not None:
         return None

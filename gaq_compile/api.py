@@ -26,6 +26,7 @@ from .capture.fingerprint import tensor_bytes
 from .capture.graphs import CalibratedRange, calibrated_range
 from .config import AUTO, DEFAULT_SCHEME, QuantConfig, is_conservative, resolve
 from .errors import AccuracyWarning, ConfigError
+from .garbage import rarely_collected, set_aside
 from .ir.specs import linear_spec
 from .passes.calibrate import quantization_sites
 from .passes.choose_bits import choose_bits
@@ -99,13 +100,15 @@ def quantize(
     runs_here = not is_cuda(backends[0].target) or gpu_architecture() is not None
     if measure and not runs_here:
         require_gpu()
-    subject, stages = trace(model, example_graph)
-    traced = _Trace(stages, subject, backends, strict, progress)
-    config.check_patterns(_names(traced.prepared))
-    built, figures = _checked(traced, config, measure) if runs_here else _unchecked(traced, config)
-    report = _report(traced, built, figures)
-    _warn_if_missed(report, config.max_force_error)
-    return _finished(traced, built, report)
+    with rarely_collected():
+        subject, stages = trace(model, example_graph)
+        set_aside()
+        traced = _Trace(stages, subject, backends, strict, progress)
+        config.check_patterns(_names(traced.prepared))
+        built, figures = _checked(traced, config, measure) if runs_here else _unchecked(traced, config)
+        potential = _finished(traced, built, figures)
+    _warn_if_missed(potential.report, config.max_force_error)
+    return potential
 
 
 def _config(
@@ -164,15 +167,16 @@ def load(
     """
     from .io import read
 
-    content = read(Path(path))
-    backends = _backends(backend, target)
-    grouped = group_rows(content.graph, content.form, backends[0])
-    lowered, placements = lower(grouped, backends, strict)
-    on_gpu = is_cuda(backends[0].target)
-    report = replace(content.report, placements=placements)
-    report = replace(report, target=backends[0].target) if on_gpu else report
-    graphs = {"fold_integers": content.graph, "group_rows": grouped, "lower": lowered}
-    return Potential(graphs, content.form, content.config, report, content.calibrated, on_gpu)
+    with rarely_collected():
+        content = read(Path(path))
+        backends = _backends(backend, target)
+        grouped = group_rows(content.graph, content.form, backends[0])
+        lowered, placements = lower(grouped, backends, strict)
+        on_gpu = is_cuda(backends[0].target)
+        report = replace(content.report, placements=placements)
+        report = replace(report, target=backends[0].target) if on_gpu else report
+        graphs = {"fold_integers": content.graph, "group_rows": grouped, "lower": lowered}
+        return Potential(graphs, content.form, content.config, report, content.calibrated, on_gpu)
 
 
 @dataclass(frozen=True)
@@ -224,13 +228,11 @@ def _unchecked(traced: _Trace, config: QuantConfig) -> tuple[_Built, dict[str, A
     return built, {"memory": weight_bytes(built.graphs["fold_integers"])}
 
 
-def _report(traced: _Trace, built: _Built, figures: Mapping[str, Any]) -> Report:
-    blank = _blank_report(traced.subject, built.config, traced.backends[0])
-    return replace(blank, placements=built.placements, choice=built.choice, **figures)
-
-
-def _finished(traced: _Trace, built: _Built, report: Report) -> Potential:
+def _finished(traced: _Trace, built: _Built, figures: Mapping[str, Any]) -> Potential:
+    """The potential with all its graphs and its report."""
     subject, graphs = traced.subject, traced.stages | built.graphs
+    blank = _blank_report(subject, built.config, traced.backends[0])
+    report = replace(blank, placements=built.placements, choice=built.choice, **figures)
     calibrated, on_gpu = _calibrated(subject, built.config), is_cuda(report.target)
     return Potential(graphs, subject.form, built.config, report, calibrated, on_gpu)
 

@@ -26,6 +26,7 @@ from .capture.fingerprint import tensor_bytes
 from .capture.graphs import CalibratedRange, calibrated_range
 from .config import AUTO, DEFAULT_SCHEME, QuantConfig, is_conservative, resolve
 from .errors import AccuracyWarning, ConfigError
+from .garbage import rarely_collected, set_aside
 from .ir.specs import linear_spec
 from .passes.calibrate import quantization_sites
 from .passes.choose_bits import choose_bits
@@ -94,40 +95,32 @@ def quantize(
         DeviceError: with ``measure``, for a GPU where there is none.
         VerificationError: if the fusion-only form differs from the original beyond rounding.
     """
+    config = _config(scheme, overrides, max_force_error)
+    backends = _backends(backend, target)
+    runs_here = not is_cuda(backends[0].target) or gpu_architecture() is not None
+    if measure and not runs_here:
+        require_gpu()
+    with rarely_collected():
+        subject, stages = trace(model, example_graph)
+        set_aside()
+        traced = _Trace(stages, subject, backends, strict, progress)
+        config.check_patterns(_names(traced.prepared))
+        built, figures = _checked(traced, config, measure) if runs_here else _unchecked(traced, config)
+        potential = _finished(traced, built, figures)
+    _warn_if_missed(potential.report, config.max_force_error)
+    return potential
+
+
+def _config(
+    scheme: str | QuantConfig, overrides: Mapping[str, Any] | None, max_force_error: float | None
+) -> QuantConfig:
+    """What :func:`quantize` was asked for."""
     config = resolve(scheme, overrides, max_force_error)
     if config.scheme == AUTO and config.max_force_error is None:
         raise ConfigError(
             f"{AUTO!r} chooses bits for a force error, and none is given", fix="max_force_error=5.0 (meV/Å)"
         )
-    backends = _backends(backend, target)
-    runs_here = not is_cuda(backends[0].target) or gpu_architecture() is not None
-    if measure and not runs_here:
-        require_gpu()
-    subject, stages = trace(model, example_graph)
-    prepared = stages[PREPARED]
-    config.check_patterns(_names(prepared))
-
-    traced = _Trace(prepared, subject, backends, strict, progress)
-    if runs_here:
-        in_torch = replace(traced, backends=[make_backend("reference")])
-        fused = _build(traced if config == resolve("fp32") else in_torch, resolve("fp32"))
-        fp32 = checks.check_fp32(subject.sides(fused.potential), subject.tests, subject.name)
-        built = fused if config == resolve("fp32") else _build(traced, config)
-        _check_kernels(traced, built)
-        figures = _measured(subject, built, fp32, measure)
-    else:
-        built = _build(traced, config)
-        figures = {"memory": weight_bytes(built.graphs["fold_integers"])}
-    report = replace(
-        _blank_report(subject, built.config, backends[0]),
-        placements=built.placements,
-        choice=built.choice,
-        **figures,
-    )
-    _warn_if_missed(report, config.max_force_error)
-    graphs = stages | built.graphs
-    calibrated, on_gpu = _calibrated(subject, built.config), is_cuda(report.target)
-    return Potential(graphs, subject.form, built.config, report, calibrated, on_gpu)
+    return config
 
 
 def _warn_if_missed(report: Report, most: float | None) -> None:
@@ -174,26 +167,32 @@ def load(
     """
     from .io import read
 
-    content = read(Path(path))
-    backends = _backends(backend, target)
-    grouped = group_rows(content.graph, content.form, *_joined(backends[0]))
-    lowered, placements = lower(grouped, backends, strict)
-    on_gpu = is_cuda(backends[0].target)
-    report = replace(content.report, placements=placements)
-    report = replace(report, target=backends[0].target) if on_gpu else report
-    graphs = {"fold_integers": content.graph, "group_rows": grouped, "lower": lowered}
-    return Potential(graphs, content.form, content.config, report, content.calibrated, on_gpu)
+    with rarely_collected():
+        content = read(Path(path))
+        backends = _backends(backend, target)
+        grouped = group_rows(content.graph, content.form, backends[0])
+        lowered, placements = lower(grouped, backends, strict)
+        on_gpu = is_cuda(backends[0].target)
+        report = replace(content.report, placements=placements)
+        report = replace(report, target=backends[0].target) if on_gpu else report
+        graphs = {"fold_integers": content.graph, "group_rows": grouped, "lower": lowered}
+        return Potential(graphs, content.form, content.config, report, content.calibrated, on_gpu)
 
 
 @dataclass(frozen=True)
 class _Trace:
     """What every build of one model shares."""
 
-    prepared: GraphModule
+    stages: Stages
     subject: Subject
     backends: list[Backend]
     strict: bool
     progress: bool
+
+    @property
+    def prepared(self) -> GraphModule:
+        """The float energy graph."""
+        return self.stages[PREPARED]
 
 
 @dataclass(frozen=True)
@@ -210,9 +209,37 @@ class _Built:
     potential: Potential
 
 
+def _checked(traced: _Trace, config: QuantConfig, measure: bool) -> tuple[_Built, dict[str, Any]]:
+    """The configuration's graphs and the report's figures, after the fusion-only form has stood beside the
+    original, and the kernels beside the same graph in torch.
+    """
+    subject, plain = traced.subject, resolve("fp32")
+    in_torch = replace(traced, backends=[make_backend("reference")])
+    fused = _build(traced if config == plain else in_torch, plain)
+    fp32 = checks.check_fp32(subject.sides(fused.potential), subject.tests, subject.name)
+    built = fused if config == plain else _build(traced, config)
+    _check_kernels(traced, built)
+    return built, _measured(subject, built, fp32, measure)
+
+
+def _unchecked(traced: _Trace, config: QuantConfig) -> tuple[_Built, dict[str, Any]]:
+    """The same where the kernels cannot run."""
+    built = _build(traced, config)
+    return built, {"memory": weight_bytes(built.graphs["fold_integers"])}
+
+
+def _finished(traced: _Trace, built: _Built, figures: Mapping[str, Any]) -> Potential:
+    """The potential with all its graphs and its report."""
+    subject, graphs = traced.subject, traced.stages | built.graphs
+    blank = _blank_report(subject, built.config, traced.backends[0])
+    report = replace(blank, placements=built.placements, choice=built.choice, **figures)
+    calibrated, on_gpu = _calibrated(subject, built.config), is_cuda(report.target)
+    return Potential(graphs, subject.form, built.config, report, calibrated, on_gpu)
+
+
 def _build(trace: _Trace, config: QuantConfig) -> _Built:
-    subject, takes = trace.subject, trace.backends[0]
-    key, choice = _build_key(subject, config, _joined(takes)), dict[str, Any]()
+    subject, backend = trace.subject, trace.backends[0]
+    key, choice = _build_key(subject, config, backend), dict[str, Any]()
     entry = fetch(key, needed=["fold_integers", "group_rows"])
     if entry is not None:
         stages = entry.graphs
@@ -223,28 +250,25 @@ def _build(trace: _Trace, config: QuantConfig) -> _Built:
             trace.prepared, config, observed, subject.form, subject.example, subject.calibration_batches,
             cached_forces,
         )  # fmt: skip
-        made["group_rows"] = group_rows(made["fold_integers"], subject.form, *_joined(takes))
+        made["group_rows"] = group_rows(made["fold_integers"], subject.form, backend)
         store(key, made, {})
         stages = Stages(made)
     lowered, placements = lower(stages["group_rows"], trace.backends, trace.strict, trace.progress)
     graphs = stages | {"lower": lowered}
-    blank = _blank_report(subject, config, trace.backends[0])
+    blank = _blank_report(subject, config, backend)
     potential = Potential(graphs, subject.form, config, blank, on_gpu=is_cuda(blank.target))
     return _Built(config, choice, graphs, placements, potential)
 
 
-def _joined(backend: Backend) -> tuple[bool, bool, bool]:
-    """What groups of rows take in, and whether halves are stored, as :func:`group_rows` takes it."""
-    return backend.groups_linears, backend.groups_sums, backend.stores_halves
-
-
-def _build_key(subject: Subject, config: QuantConfig, joined: tuple[bool, ...]) -> str | None:
-    """The key of a configuration's graphs: of the captured graph, the configuration, how torch computes, and
-    the bytes of all calibration batches, if anything is rounded. None where bits are chosen by measuring.
+def _build_key(subject: Subject, config: QuantConfig, backend: Backend) -> str | None:
+    """The key of a configuration's graphs: of the captured graph, the configuration, what joins groups of
+    rows, how torch computes, and the bytes of all calibration batches, if anything is rounded. None where
+    bits are chosen by measuring.
     """
     if subject.key is None or config.max_force_error is not None:
         return None
-    parts: list[str | bytes] = ["build", subject.key, config.to_json(), str(joined)]
+    joins = str((backend.groups_linears, backend.groups_sums, backend.stores_halves))
+    parts: list[str | bytes] = ["build", subject.key, config.to_json(), joins]
     if config != resolve("fp32"):
         for batch in subject.calibration_batches:
             parts += ["batch", *map(tensor_bytes, batch)]

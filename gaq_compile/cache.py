@@ -37,6 +37,7 @@ from .ir.serial import (
     read_file,
     write_file,
 )
+from .ir.unwritten import module_of
 from .operators import registration as _registration  # noqa: F401 - registers the operators that graphs name
 from .passes.graph_tools import attribute
 from .passes.pipeline import forces_of
@@ -220,7 +221,7 @@ def _without_state(
     hollow.output(hollow.graph_copy(graph.graph, values))
     for old, new in values.items():
         new.meta = dict(old.meta)
-    return {"forces": GraphModule(root, hollow)}, {"places": places}
+    return {"forces": module_of(root, hollow)}, {"places": places}
 
 
 def _with_state(entry: Entry, state: Mapping[str, Tensor]) -> GraphModule:
@@ -293,7 +294,7 @@ def _stage_from_json(stage: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         check_name(name)
         root.add_module(name, _group_from_json(group, tensors))
     names = {name for name, *_ in stage["tensors"]}
-    return checked(GraphModule(root, graph_from_json(stage["nodes"], names, stage["groups"])))
+    return checked(module_of(root, graph_from_json(stage["nodes"], names, stage["groups"])))
 
 
 def _group_from_json(group: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FusedRows:

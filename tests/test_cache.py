@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -252,11 +254,12 @@ def test_the_configuration_and_the_examples_are_in_the_key():
     one, _ = subject.trace(Small(), _example())
     other, _ = subject.trace(Small(), [_example()[0] + 0.01, *_example()[1:]])
     w8, w4 = gaq_compile.preset("w8"), gaq_compile.preset("w4")
-    keys = [
-        api._build_key(s, c, linears) for s in (one, other) for c in (w8, w4) for linears in (True, False)
-    ]
+    names = ("groups_linears", "groups_sums", "stores_halves")
+    flags = itertools.product((True, False), repeat=len(names))
+    joins = [SimpleNamespace(**dict(zip(names, each, strict=True))) for each in flags]
+    keys = [api._build_key(s, c, b) for s in (one, other) for c in (w8, w4) for b in joins]
     assert len(set(keys)) == len(keys)
-    assert api._build_key(one, gaq_compile.config.resolve("auto", max_force_error=1.0), True) is None
+    assert api._build_key(one, gaq_compile.config.resolve("auto", max_force_error=1.0), joins[0]) is None
 
 
 def test_structures_are_not_in_the_key_of_a_captured_graph():

@@ -26,6 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..errors import FileFormatError
 from .traced import traced_from_json, traced_to_json
+from .unwritten import module_of
 
 _INTEGER_ARITHMETIC: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
@@ -158,7 +159,7 @@ def graph_module_from_json(nodes: list[dict[str, Any]], tensors: Mapping[str, Te
     root = nn.Module()
     for name, tensor in tensors.items():
         root.register_buffer(check_name(name), tensor)
-    return checked(GraphModule(root, graph_from_json(nodes, tensors)))
+    return checked(module_of(root, graph_from_json(nodes, tensors)))
 
 
 def checked(module: GraphModule) -> GraphModule:

@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..capture.graphs import EDGE_VECTORS, GraphFormat
 from ..capture.limits import fixed_size
 from ..errors import CaptureError
+from ..ir.unwritten import module_of
 from .graph_tools import add_buffer, aten, finished
 
 # What gradient formulas do in place, and the same without, which keeps the type of what it is given.
@@ -189,4 +190,4 @@ def _with_attributes(
             graph.output(tuple(values[r] for r in results))  # type: ignore[union-attr]
         elif node.op != "placeholder":
             values[node] = graph.node_copy(node, lambda n: values[n])
-    return GraphModule(root, graph)
+    return module_of(root, graph)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from ..ir.traced import TracedTensor
+from ..ir.unwritten import module_of
 
 aten = torch.ops.aten
 gaq = torch.ops.gaq
@@ -34,7 +35,7 @@ def copied(graph_module: GraphModule) -> GraphModule:
         graph.output(output)
     for old, new in values.items():
         new.meta = copy.copy(old.meta)
-    return GraphModule(graph_module, graph)
+    return module_of(graph_module, graph)
 
 
 def finished(graph_module: GraphModule) -> GraphModule:

@@ -15,6 +15,7 @@ from .fold_integers import fold_integers
 from .fuse_rows import fuse_rows
 from .fuse_tensor_products import fuse_tensor_products
 from .insert_mddq import insert_mddq
+from .lower import Backend
 from .observe import Observed
 from .pack_rows import pack_rows
 from .round_weights import round_weights
@@ -81,16 +82,14 @@ def quantize_graph(
     return {"insert_mddq": quantized, "derive_forces": forces, "fold_integers": folded}
 
 
-def group_rows(
-    integer: GraphModule, form: GraphFormat, linears: bool = True, sums: bool = True, halves: bool = True
-) -> GraphModule:
+def group_rows(integer: GraphModule, form: GraphFormat, backend: Backend | None = None) -> GraphModule:
     """What torch would run operator by operator, in groups that one kernel each can run.
 
     Args:
         integer: the last stage of :func:`quantize_graph`, which is also what files hold.
         form: the graph's inputs.
-        linears: whether linears join groups (:attr:`.lower.Backend.groups_linears`).
-        sums: whether sums over the ends of edges do (:attr:`.lower.Backend.groups_sums`).
-        halves: whether radial weights are stored in half precision (:attr:`.lower.Backend.stores_halves`).
+        backend: whose kernels these are to be, which says what else joins groups, and whether halves are
+            stored; by default all does, and they are.
     """
-    return pack_rows(fuse_rows(integer, form, linears, sums, halves))
+    flags = (backend.groups_linears, backend.groups_sums, backend.stores_halves) if backend else ()
+    return pack_rows(fuse_rows(integer, form, *flags))

@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from ..capture.graphs import EDGE_VECTORS
+from ..ir.unwritten import module_of
 from .graph_tools import LINEARS, VIEWS, add_buffer, aten, attribute, copied, finished, gaq, is_call
 from .indices import GATHERS, gather_index
 from .row_shapes import NARROW, RowShape
@@ -118,7 +119,7 @@ def call_groups(gm: GraphModule, groups: Sequence[RowGroup], shapes: dict[Node, 
             values[unit].meta = dict(unit.meta)
         elif unit in inner:
             _call_group(root, graph, unit, inner[unit], values)
-    return finished(GraphModule(root, graph))
+    return finished(module_of(root, graph))
 
 
 def _worth_it(group: RowGroup) -> bool:

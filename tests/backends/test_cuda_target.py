@@ -80,7 +80,7 @@ def sevennet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _check_emulated(path: Path) -> None:
     """Energy and forces of a molecule as the CPU's kernels have them, with a kernel for every node."""
     content, backend = read(path), _emulated()
-    grouped = group_rows(content.graph, content.form, backend.groups_linears)
+    grouped = group_rows(content.graph, content.form, backend)
     lowered, placements = lower(grouped, [backend], strict=True)
     assert placements and all(p.reason is None for p in placements)
     tensors = collate(example_structures("ethanol")[3:4], content.form)
@@ -115,7 +115,7 @@ def _check_compiled(path: Path) -> None:
 
     content, backend = read(path), _emulated()
     backend.kernels = gpu_kernels(Collecting())
-    grouped = group_rows(content.graph, content.form, backend.groups_linears)
+    grouped = group_rows(content.graph, content.form, backend)
     lowered, _ = lower(grouped, [backend], strict=True)
     calls = [m.run for m in lowered.modules() if isinstance(m, KernelCall)]
     integer = {

@@ -9,6 +9,7 @@ from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 
 from gaq_compile.capture import find_recipe
+from gaq_compile.capture.fingerprint import fingerprint
 from gaq_compile.errors import CaptureError, StructureError, UnknownElementError
 from gaq_compile.operators.registration import ops
 from gaq_compile.verify.structures import rattled, strained
@@ -19,6 +20,17 @@ pytest.importorskip("sevenn")
 @pytest.fixture(scope="module")
 def original(sevennet):
     return find_recipe(sevennet).original(sevennet)
+
+
+def test_the_model_is_the_one_that_its_own_package_builds(sevennet):
+    """Ours is built faster, with constants of activations found once."""
+    from e3nn.math import _normalize_activation as activations
+    from sevenn.calculator import SevenNetCalculator
+
+    plain = SevenNetCalculator("7net-0", device="cpu").model
+    assert not hasattr(activations.moment, "cache_info")
+    found, expected = (fingerprint(find_recipe(m).energy_model(m).module, {}) for m in (sevennet, plain))
+    assert found == expected is not None
 
 
 def test_captured_graph_is_made_of_gaq_operators(sevennet_compiled):

@@ -110,7 +110,7 @@ class _Product:
 
 def _conv(p: _Product) -> None:
     x, sh, _ = p.operands
-    senders, receivers, atoms = p.edges.args
+    _, receivers, atoms = p.edges.args
     values, width = p.scaled(sh), p.selector.shape[1]
     args = (values, receivers, atoms, width, f"sum over {receivers}")
     total = p.call(gaq.sum_rows.default, args, x, (width,))

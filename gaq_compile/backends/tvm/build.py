@@ -29,8 +29,8 @@ from .reader import read_kernel
 
 ENTRY = "main"  # the name of every generated kernel function
 _IDLE_PASSES = ["s_tir.CompactBufferAllocation"]  # our buffers are as small as can be; two thirds of a build
-# What LLVM makes of loops that read or write every n-th element: its gathers and scatters are microcode that takes
-# several times as long as so many scalar loads and stores (a group that packs 44 columns: 1.6 ms, not 0.6).
+# Of loops that read or write every n-th element LLVM makes gathers and scatters, microcode that takes several
+# times as long as so many scalar loads and stores (a group that packs 44 columns: 1.6 ms, not 0.6).
 _TUNING = ["+prefer-no-gather", "+prefer-no-scatter"]
 
 

@@ -29,6 +29,7 @@ from .pair_edges import pair_edges
 from .plain_sizes import plain_sizes
 from .row_groups import RowGroup, call_groups
 from .row_shapes import NARROW, RowShape, row_shapes
+from .scalar_products import scalar_products
 from .sort_sums import sort_sums
 from .store_halves import store_halves
 from .straight_through import straight_through
@@ -80,6 +81,7 @@ def fuse_rows(
         store_halves(gm, shapes)
     straight_through(gm, shapes)
     if sums:
+        scalar_products(gm, shapes)
         sort_sums(gm, shapes)
     _inline_creations(gm, shapes)
     _float_integers(gm, shapes)

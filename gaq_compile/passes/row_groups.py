@@ -28,7 +28,9 @@ from .graph_tools import LINEARS, VIEWS, add_buffer, aten, attribute, copied, fi
 from .indices import GATHERS, gather_index
 from .row_shapes import NARROW, RowShape
 
-_CHEAP = {aten.add.Tensor, aten.mul.Scalar, aten.mul.Tensor, aten.neg.default, aten.sub.Tensor}
+_CHEAP = {
+    aten.add.Tensor, aten.mm.default, aten.mul.Scalar, aten.mul.Tensor, aten.neg.default, aten.sub.Tensor,
+}  # fmt: skip
 _MOST_AGAIN = 8  # gathers and operators that are computed again for one value
 _RECEIVERS, _SENDERS = EDGE_VECTORS["edge_vec"]
 _FIRST, _SECOND = "first", "second"  # the two edges of a bond

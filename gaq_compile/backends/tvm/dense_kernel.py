@@ -13,7 +13,7 @@ Integers never leave the task. Rows beyond the last are computed on clamped rows
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ...config import ActivationScheme, activation_scheme
@@ -37,7 +37,7 @@ class Frame:
     Attributes:
         x, y: the places of input and output elements.
         last: the last row of the task that may be read.
-        prefix: begins the names of constants and tile buffers, where there are several linears.
+        prefix: begins the names of constants, where there are several linears.
         task_rows: the most rows of a task.
     """
 
@@ -69,7 +69,7 @@ def dense_text(plan: DensePlan, parallel: bool) -> str:
         task_rows=plan.schedule.task_rows,
     )
     setup = ["n0: T.let = t * task", "rows: T.let = T.min(task, m - n0)"]
-    body = [*setup, *tile_buffers(plan, frame), *task_lines(plan, frame)]
+    body = [*setup, *declared(tile_buffers(plan, frame.task_rows)), *task_lines(plan, frame)]
     kind = "parallel" if parallel else "serial"
     lines = loop(f"t in T.{kind}((m + task - 1) // task)", body)
     shapes = {"x": f"(m, {plan.dim_in})", "y": f"(m, {plan.dim_out})"}
@@ -113,20 +113,23 @@ def sizes(plan: DensePlan) -> dict[str, int]:
     return plan.sizes | {"steps": steps, "fine": steps if scheme is not None and scheme.common else 0}
 
 
-def tile_buffers(plan: DensePlan, frame: Frame) -> list[str]:
-    """The tile buffers' declarations; a register tile may read rows beyond the task's."""
-    rows, p = frame.task_rows + max(plan.schedule.rows), frame.prefix
-    lines = []
-    for dtype in ("float32", "int16", "int8", "uint8"):
-        size = plan.row_size(dtype)
-        if size:
-            name, shape = f"{p}{_BUFFERS[dtype]}", f"({rows * size},)"
-            lines.append(f'{name} = T.alloc_buffer({shape}, "{dtype}", scope="global")')
-    if plan.watched:
-        lines.append(f'{p}nan = T.alloc_buffer(({rows * plan.watched},), "float32", scope="global")')
-    if plan.dynamic:
-        lines.append(f'{p}gs = T.alloc_buffer(({rows * plan.dynamic},), "float32", scope="global")')
-    return lines
+def tile_buffers(plan: DensePlan, task_rows: int) -> dict[str, tuple[int, str]]:
+    """The tile buffers: elements and dtype by name; a register tile may read rows beyond the task's.
+
+    They mean nothing after a task, so that linears which follow each other can share them.
+    """
+    rows = task_rows + max(plan.schedule.rows)
+    rows_of = {_BUFFERS[dtype]: (plan.row_size(dtype), dtype) for dtype in _BUFFERS if plan.row_size(dtype)}
+    rows_of |= {"nan": (plan.watched, "float32"), "gs": (plan.dynamic, "float32")}
+    return {name: (rows * size, dtype) for name, (size, dtype) in rows_of.items() if size}
+
+
+def declared(buffers: Mapping[str, tuple[int, str]]) -> list[str]:
+    """The declarations of tile buffers."""
+    return [
+        f'{name} = T.alloc_buffer(({size},), "{dtype}", scope="global")'
+        for name, (size, dtype) in buffers.items()
+    ]
 
 
 # Prologue --------------------------------------------------------------------------------------
@@ -172,12 +175,17 @@ def _convert(plan: DensePlan, frame: Frame, o: Operand) -> list[str]:
     name = f"seen{o.slot}"
     watch = vector(name, "0", lanes)
     lines.append(f"{watch} = {' + '.join([watch, *bad])}")
-    total = " + ".join(f"{name}[{k}]" for k in range(lanes))
+    halves, half = [], lanes // 2
+    while half:
+        low, high = vector(name, "0", half), vector(name, str(half), half)
+        halves.append(f"{low} = {low} + {high}")
+        half //= 2
     return [
         f'{name} = T.alloc_buffer(({lanes},), "float32", scope="global")',
         f"{watch} = {zero}",
         *loop(f"i in T.serial({-(-mul // lanes)})", lines),
-        f"{p}nan[r * {plan.watched} + {o.slot}] = {total}",
+        *halves,
+        f"nan[r * {plan.watched} + {o.slot}] = {name}[0]",
     ]
 
 
@@ -230,7 +238,7 @@ def _step(plan: DensePlan, frame: Frame, o: Operand, c: int, lanes: int) -> list
     return [
         *lines,
         f'm{k}: T.let = T.reinterpret(top{k}[0], dtype="float32")',
-        f"{frame.prefix}gs[r * {plan.dynamic} + {k}] = T.Select(m{k} < {small}, {zero}, {finite})",
+        f"gs[r * {plan.dynamic} + {k}] = T.Select(m{k} < {small}, {zero}, {finite})",
         f"inv{k}: T.let = T.Select(m{k} < {small}, {zero}, {literal(float(LARGEST))} / m{k})",
     ]
 
@@ -416,9 +424,9 @@ def _store(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, r: int
         if p.scale >= 0:
             value += f" * {vector(f'{names}scale', f'{p.scale} + {column}', lanes)}"
         if o.step >= 0:
-            value += f" * {splat(f'{names}gs[{row} * {plan.dynamic} + {o.step} + c]', lanes)}"
+            value += f" * {splat(f'gs[{row} * {plan.dynamic} + {o.step} + c]', lanes)}"
         if o.slot >= 0:
-            spot = f"{names}nan[{row} * {plan.watched} + {o.slot}]"
+            spot = f"nan[{row} * {plan.watched} + {o.slot}]"
             value += f" + {splat(spot, lanes)}"
         if p.bias >= 0:
             value += f" + {vector(f'{names}bias', f'{p.bias} + {column}', lanes)}"
@@ -473,7 +481,7 @@ def _tile(plan: DensePlan, frame: Frame, o: Operand, row: str, column: str, lane
     """Consecutive elements of an operand in the tile buffer."""
     dtype = plan.unit.storage(o.kind)
     place = f"{row} * {plan.row_size(dtype)} + {o.offset} + {column}"
-    return vector(f"{frame.prefix}{_BUFFERS[dtype]}", place, lanes)
+    return vector(_BUFFERS[dtype], place, lanes)
 
 
 def _column(tiles: ColumnTiles, v: int, lanes: int) -> str:

@@ -108,6 +108,10 @@ _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, which the low
 _ROUND_BITS = 0x4B400000  # its float32 bits
 _EXP_RANGE = (-87.3, 89.0)  # below: the smallest normal number; above: infinity
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
+_SIGMOID_RANGE = (-86.9, 87.0)  # where e^-x is a normal number
+_EXP2 = (  # 2^f for |f| <= 1/2, to 2e-8
+    1.534580224e-4, 1.339993090e-3, 9.618489072e-3, 5.550328642e-2, 2.402264625e-1, 6.931471825e-1, 1.0,
+)  # fmt: skip
 _TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
 _TANH_SMALL = 0.625
 _TINY, _LARGEST, _SQRT_HALF = 1.1754943508222875e-38, 3.4028234663852886e38, 0.70710678118654752
@@ -198,10 +202,27 @@ class Emitter:
         return splat(f"T.int32({value})", self.lanes)
 
     def sigmoid(self, x: str) -> str:
-        """1 / (1 + e^-x)."""
-        one = self.number(1.0)
-        e = self.exp(self.let(f"{self.number(0.0)} - {x}"))
-        return self.let(f"{one} / ({one} + {e})")
+        """1 / (1 + e^-x) to 3e-7 of 1; 0 far below, NaN for NaN."""
+        return self.let(f"{self.number(1.0)} / {self.one_and_exp(x)}")
+
+    def silu(self, x: str) -> str:
+        """x / (1 + e^-x)."""
+        return self.let(f"{x} / {self.one_and_exp(x)}")
+
+    def one_and_exp(self, x: str) -> str:
+        """1 + e^-x, infinity far below, in two thirds of the time of :meth:`exp`, which is for any purpose.
+
+        The exponent is that of one product, x * log2(e): its error of |x| / 10^7 is small beside 1, or the sum
+        is large.
+        """
+        least, most = (self.number(bound) for bound in _SIGMOID_RANGE)
+        scaled = f"{self.keep(self.at_most(most, x))} * {self.number(-_LOG2E)}"
+        n = self.keep(f"T.nearbyint({scaled})")
+        p = self.keep(self.polynomial(self.keep(f"{scaled} - {n}"), _EXP2))
+        exponent = f'T.shift_left(T.Cast("{self._type("int32")}", {n}), {self._int(23)})'
+        bits = f'T.reinterpret("{self._type("int32")}", {p}) + {exponent}'
+        total = self.keep(f'{self.number(1.0)} + T.reinterpret("{self._type("float32")}", {bits})')
+        return self.let(f"T.Select({x} < {least}, {self.number(math.inf)}, {total})")
 
     def softplus(self, x: str) -> str:
         """log(1 + e^x) = max(x, 0) + 2 atanh(t / (2 + t)), t = e^-|x|."""

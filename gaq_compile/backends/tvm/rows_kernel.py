@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...passes.row_groups import FusedRows
 from .build import compile_kernel
-from .dense_kernel import Frame, arguments, task_lines, tile_buffers
+from .dense_kernel import Frame, arguments, declared, task_lines, tile_buffers
 from .emit import block_lanes, kernel_text, literal, loop, splat
 from .launch import Input, Launch, Output, always, most_rows, refuse
 from .linear import LinearKernel
@@ -124,7 +124,7 @@ class _Writer:
         self.slots: dict[object, int] = {}
         self.spare: dict[int, list[int]] = {}  # places whose values nobody reads any more, by size
         self.scratch = 0
-        self.setup: list[str] = []
+        self.tiles: dict[str, tuple[int, str]] = {}  # of linears, one after another
         self.work = 0
         self.passing = 0  # places of values within one operator, used again by the next
 
@@ -136,7 +136,7 @@ class _Writer:
         body += self._repeated()
         buffers, flat = self._buffers()
         scratch = f'scratch = T.alloc_buffer(({max(1, self.scratch)},), "float32", scope="global")'
-        work, setup = max(1, self.work // TILE), [scratch, *self.setup]
+        work, setup = max(1, self.work // TILE), [scratch, *declared(self.tiles)]
         if self.plan.owner is not None:
             rows = self._owned(self.plan.owner, body, work, setup)
         else:
@@ -482,7 +482,8 @@ class _Writer:
             prefix=f"l{list(self.plan.linears).index(step.result)}_",
             task_rows=TILE,
         )
-        self.setup += tile_buffers(linear.plan, frame)
+        for name, (size, dtype) in tile_buffers(linear.plan, TILE).items():
+            self.tiles[name] = (max(size, self.tiles.get(name, (0, dtype))[0]), dtype)
         moved = TILE * (view.size + step.result.size)
         self.work += moved + TILE * linear.plan.work_per_row // _PRODUCTS_PER_FLOAT
         return task_lines(linear.plan, frame)

@@ -149,7 +149,7 @@ OPERATORS: dict[object, Callable[..., str]] = {
     aten.reciprocal.default: lambda e, x: f"{e.number(1.0)} / {x}",
     aten.rsub.Scalar: lambda e, a, b: f"{_text(e, b)} - {a}",
     aten.sgn.default: _sign,
-    aten.silu.default: lambda e, x: f"{x} * {e.sigmoid(x)}",
+    aten.silu.default: lambda e, x: e.silu(x),
     aten.silu_backward.default: _silu_backward,
     aten.sin.default: lambda e, x: e.sine(x),
     aten.softplus.default: lambda e, x: e.softplus(x),

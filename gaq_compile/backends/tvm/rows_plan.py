@@ -167,7 +167,7 @@ class _Planner:
         outputs = [self._output(node) for node in results]  # type: ignore[union-attr]
         given = list(self.arguments.values())
         return Plan(
-            _stages(self.steps),
+            _stages(_alike(self.steps)),
             given,
             self.constants,
             outputs,
@@ -405,6 +405,33 @@ def cat_places(step: Step, view: View) -> list[tuple[int, ...]]:
     if cat_axis(step) != 0 and len(step.shape) > 1:
         raise UnsupportedRowsError(f"{step.node}: narrow parts joined along an inner axis")
     return places(view.shape)
+
+
+def _alike(steps: list[Step]) -> list[Step]:
+    """Steps in loops of the same shape, where they can be: 128 in a row as 4 x 32 beside a sum over each 32.
+
+    They are then computed together, and what one makes and the other reads stays in registers.
+    """
+    for shape in dict.fromkeys(_loop(s) for s in steps if not _across(s) and len(_loop(s)) > 1):
+        flat = [s for s in steps if not _across(s) and _loop(s) == (math.prod(shape),)]
+        each = {s: _reshaped(s, shape) for s in flat if s.op not in ("linear", "cat")}
+        if None not in each.values():
+            steps = [each.get(s) or s for s in steps]
+    return steps
+
+
+def _reshaped(step: Step, shape: Shape) -> Step | None:
+    """A step in a loop of another shape, in the same order; None where its operands do not lie so."""
+    if step.op not in ("each", "copy", "add"):
+        return None
+    operands = []
+    for view in (v.squeezed() for v in step.operands):
+        same = view.shape == () or not any(view.strides)  # one number for all
+        found = View(view.base, shape, (0,) * len(shape), view.offset) if same else view.reshaped(shape)
+        if found is None or (not same and not view.contiguous):
+            return None
+        operands.append(found)
+    return replace(step, operands=tuple(operands), shape=shape)
 
 
 def _stages(steps: list[Step]) -> list[Stage]:

@@ -33,6 +33,10 @@ class ThreadEmitter(Emitter):
         self.lines.append(f"{name} = {expression}")
         return name
 
+    def one_and_exp(self, x: str) -> str:
+        """1 + e^-x; a GPU's division does not wait for its sums."""
+        return self.let(f"{self.number(1.0)} + {self.exp(self.let(f'{self.number(0.0)} - {x}'))}")
+
     def at_least(self, bound: str, x: str) -> str:
         """The larger of both; NaN where x is."""
         x = self.let(x)

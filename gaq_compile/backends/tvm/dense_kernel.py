@@ -1,6 +1,7 @@
 """The text of a linear kernel: one loop over tasks of rows, each a prologue and register tiles.
 
-    where rows are many: integer weights that meet floats become floats, once for all of them
+    where rows are many: integer weights that meet floats become floats, once for all of them (a
+        gradient's with their scales)
     for each task of rows (in parallel):
         prologue: the task's rows of x become integers (or scaled floats) in a tile buffer; a
             gradient's integers get a step per row
@@ -44,7 +45,8 @@ class Frame:
         prefix: begins the names of constants and tile buffers, where there are several linears.
         task_rows: the most rows of a task.
         asks: whether y's cache lines are asked for before they are written.
-        decoded: whether weights that meet floats are floats before the first task (:func:`_decoding`).
+        decoded: whether weights that meet floats are floats before the first task (:func:`_decoding`),
+            and times their scales where operands would be: gradients then differ in the last bit.
     """
 
     x: Place
@@ -123,7 +125,7 @@ def tile_buffers(plan: DensePlan, frame: Frame) -> list[str]:
     lines = []
     for dtype in ("float32", "int16", "int8", "uint8"):
         size = plan.row_size(dtype)
-        if size:
+        if size and not (frame.decoded and plan.scaled):
             name, shape = f"{p}{_BUFFERS[dtype]}", f"({rows * size},)"
             lines.append(f'{name} = T.alloc_buffer({shape}, "{dtype}", scope="global")')
     if plan.watched:
@@ -159,15 +161,24 @@ def _decode_tiles(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles)
     base = p.weight + tiles.start * lanes * stored
     lines = []
     for v in range(tiles.vectors):
-        raw = vector(f"{frame.prefix}weight", f"{base} + g * {row} + {v * lanes}", lanes)
+        raw = vector(f"{frame.prefix}weight", f"{base} + (j * {stored} + g) * {row} + {v * lanes}", lanes)
         codes = [raw]
         if halves == 2:
             lines.append(f"b{v}: T.let = {raw}")
             codes = [_nibble(f"b{v}", half, lanes) for half in range(halves)]
         for half, code in enumerate(codes):
-            place = f"{halves * base} + (g * {halves} + {half}) * {row} + {v * lanes}"
-            lines.append(f"{vector(f'{frame.prefix}wf', place, lanes)} = {_decode(plan, operand, code)}")
-    return loop(f"g in T.serial({tiles.count * stored})", lines)
+            k = f"(g * {halves} + {half})"
+            place = f"{halves * base} + (j * {halves * stored} + {k}) * {row} + {v * lanes}"
+            value = _decode(plan, operand, code)
+            if operand.rule == "scaled":
+                value += f" * {splat(f'{frame.prefix}scale[{operand.index + p.first} + {k}]', lanes)}"
+            lines.append(f"{vector(f'{frame.prefix}wf', place, lanes)} = {value}")
+    return loop(f"j in T.serial({tiles.count})", loop(f"g in T.serial({stored})", lines))
+
+
+def _in_x(frame: Frame, o: Operand) -> bool:
+    """Whether an operand is read from x, not from a tile buffer."""
+    return o.rule == "direct" or (o.rule == "scaled" and frame.decoded)
 
 
 def _halves(plan: DensePlan) -> int:
@@ -183,7 +194,7 @@ def _prologue(plan: DensePlan, frame: Frame) -> list[str]:
     for operand in plan.operands:
         if operand.rule == "dynamic":
             body += _gradient(plan, frame, operand)
-        elif operand.rule != "direct":
+        elif not _in_x(frame, operand):
             body += _convert(plan, frame, operand)
     return loop("r in T.serial(rows)", body) if body else []
 
@@ -361,7 +372,7 @@ def _register_tile(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles
     lines = [f'a{r}_{v} = T.alloc_buffer(({lanes},), "{dtype}", scope="global")' for r, v in cells]
     for r, v in cells:
         lines.append(f"{_acc(r, v, lanes)} = {_start(frame, p, tiles, v, lanes, dtype)}")
-    if o.rule == "direct":
+    if _in_x(frame, o):
         lines += [f"i{r}: T.let = T.min(s * {height} + {r}, {frame.last})" for r in range(height)]
     steps = -(-p.depth // plan.unit.step(o.kind))
     packed = _halves(plan) == 2 and not (frame.decoded and plan.decodes(p))
@@ -450,7 +461,7 @@ def _decode(plan: DensePlan, o: Operand, raw: str) -> str:
 def _operand(plan: DensePlan, frame: Frame, p: Product, r: int, k: str, height: int) -> str:
     """The operand of row r and step k, in every lane."""
     o, lanes, step = plan.operands[p.operand], plan.unit.lanes, plan.unit.step(plan.operands[p.operand].kind)
-    if o.rule == "direct":
+    if _in_x(frame, o):
         column = f"{o.block.base + p.first} + c * {o.block.stride} + {k}"
         return splat(frame.x(f"i{r}", column, 1), lanes)
     here = _tile(plan, frame, o, f"(s * {height} + {r})", f"{p.first} + c * {o.width} + {k} * {step}", step)

@@ -1,7 +1,6 @@
 """The text of a linear kernel: one loop over tasks of rows, each a prologue and register tiles.
 
-    where rows are many: integer weights that meet floats become floats, once for all of them (a
-        gradient's with their scales)
+    where rows are many: integer weights that meet floats become floats, once for all of them
     for each task of rows (in parallel):
         prologue: the task's rows of x become integers (or scaled floats) in a tile buffer; a
             gradient's integers get a step per row
@@ -45,8 +44,8 @@ class Frame:
         prefix: begins the names of constants and tile buffers, where there are several linears.
         task_rows: the most rows of a task.
         asks: whether y's cache lines are asked for before they are written.
-        decoded: whether weights that meet floats are floats before the first task (:func:`_decoding`),
-            and times their scales where operands would be: gradients then differ in the last bit.
+        decoded: whether weights that meet floats are floats, times their scales, before the first task
+            (:func:`_decoding`); elsewhere sums or operands are scaled, so that last bits may differ.
     """
 
     x: Place
@@ -139,7 +138,7 @@ def tile_buffers(plan: DensePlan, frame: Frame) -> list[str]:
 
 
 def _decoding(plan: DensePlan, frame: Frame) -> list[str]:
-    """A buffer of the integer weights that meet floats, as floats, and the loops that fill it.
+    """A buffer of the integer weights that meet floats, as scaled floats, and the loops that fill it.
 
     Integers that meet integers stay packed: their decoding costs little or nothing.
     """
@@ -172,6 +171,8 @@ def _decode_tiles(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles)
             value = _decode(plan, operand, code)
             if operand.rule == "scaled":
                 value += f" * {splat(f'{frame.prefix}scale[{operand.index + p.first} + {k}]', lanes)}"
+            column = f"{p.scale + tiles.start * lanes} + {_column(tiles, v, lanes)}"
+            value += f" * {vector(f'{frame.prefix}scale', column, lanes)}"
             lines.append(f"{vector(f'{frame.prefix}wf', place, lanes)} = {value}")
     return loop(f"j in T.serial({tiles.count})", loop(f"g in T.serial({stored})", lines))
 
@@ -484,7 +485,7 @@ def _store(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, r: int
         value = _acc(r, v, lanes)
         if o.kind != "f32":
             value = f'T.Cast("float32x{lanes}", {value})'
-        if p.scale >= 0:
+        if p.scale >= 0 and not (frame.decoded and plan.decodes(p)):
             value += f" * {vector(f'{names}scale', f'{p.scale} + {column}', lanes)}"
         if o.step >= 0:
             value += f" * {splat(f'{names}gs[{row} * {plan.dynamic} + {o.step} + c]', lanes)}"

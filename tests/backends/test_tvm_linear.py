@@ -14,10 +14,12 @@ from gaq_compile.backends.tvm.build import build_executable, host_target
 from gaq_compile.backends.tvm.dense_kernel import dense_text
 from gaq_compile.backends.tvm.dense_plan import column_tiles, make_plan
 from gaq_compile.backends.tvm.linear import (
+    DECODED_ROWS,
     DenseSchedule,
     LinearKernel,
     LinearProblem,
     arithmetic,
+    decodes,
     has_vnni,
     lower_linear,
 )
@@ -458,6 +460,23 @@ def test_rows_in_every_position_of_a_task() -> None:
             assert_close(y, want[:rows], 1e-6) if rows else None
         assert torch.equal(kernel(x[3:]), run(kernel, x)[3:])  # a view that starts anywhere
         assert torch.equal(kernel(x.T.contiguous().T), run(kernel, x))
+
+
+@pytest.mark.parametrize("weight", ["s8", "s4"])
+@pytest.mark.parametrize(
+    ("activation", "transpose"),
+    [("f32", False), ("f32", True), ("s8 m8exact", False), ("s16 m16exact", False)],
+)
+def test_many_rows_decode_weights_once(activation: str, transpose: bool, weight: str) -> None:
+    """Whatever the width of column tiles and the depth of sums; few rows give the same but for rounding."""
+    for spec in (PATHS, "33x0e+7x1e -> 130x0e+17x1e"):
+        problem = LinearProblem(spec, activation, weight, transpose, bias=not transpose)
+        x, made = tensors(problem, DECODED_ROWS + 7)
+        kernel = lower(problem, made, schedule=DenseSchedule(serial_work=0))
+        assert decodes(kernel.plan, len(x)) and not decodes(kernel.plan, DECODED_ROWS - 1)
+        want = expected(problem, x, made)
+        assert_close(run(kernel, x), want, 2e-6)
+        assert_close(run(kernel, x[:9]), want[:9], 2e-6)
 
 
 def test_neighbouring_rows_and_memory_stay_untouched() -> None:

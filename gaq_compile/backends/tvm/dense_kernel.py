@@ -1,14 +1,18 @@
 """The text of a linear kernel: one loop over tasks of rows, each a prologue and register tiles.
 
+    where rows are many: integer weights that meet floats become floats, once for all of them
     for each task of rows (in parallel):
         prologue: the task's rows of x become integers (or scaled floats) in a tile buffer; a
             gradient's integers get a step per row
         for each product, column tile, component, register tile of rows:
             accumulators = 0 (or minus the unsigned offset's share)
+            ask for the cache lines that the next register tile writes
             for each group of input channels: accumulators += operand * decoded weights
             y (+)= accumulators * scale (+ bias)
 
 Integers never leave the task. Rows beyond the last are computed on clamped rows and not stored.
+Results of many rows do not fit the caches: each line has to be fetched before it is written, and a
+processor that is asked early does so while it multiplies.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from ...config import ActivationScheme, activation_scheme
 from ...numerics.gradients import LARGEST, SMALLEST
 from .build import module_text
 from .dense_plan import WEIGHED, ColumnTiles, DensePlan, Operand, Product, groups
-from .emit import literal, loop, many, splat, vector
+from .emit import ask_to_write, literal, loop, many, splat, vector
 
 _BUFFERS = {"float32": "qf", "int16": "q16", "int8": "q8", "uint8": "q8"}
 _FLOAT_MAX = (2.0 - 2.0**-23) * 2.0**127
@@ -39,6 +43,9 @@ class Frame:
         last: the last row of the task that may be read.
         prefix: begins the names of constants, where there are several linears.
         task_rows: the most rows of a task.
+        asks: whether y's cache lines are asked for before they are written.
+        decoded: whether weights that meet floats are floats, times their scales, before the first task
+            (:func:`_decoding`); elsewhere sums or operands are scaled, so that last bits may differ.
     """
 
     x: Place
@@ -46,10 +53,12 @@ class Frame:
     last: str
     prefix: str
     task_rows: int
+    asks: bool = False
+    decoded: bool = False
 
 
-def dense_text(plan: DensePlan, parallel: bool) -> str:
-    """The TVMScript module of a plan.
+def dense_text(plan: DensePlan, parallel: bool, decoded: bool = False) -> str:
+    """The TVMScript module of a plan, for few rows or in parallel, and there with decoded weights (Frame).
 
     ``main(x, y, weight, [scale], [sums], [steps], [fine], [bias], task)``: x (N, dim_in) and y (N, dim_out),
     float32 or float16, the packed constants, and ``task``, the rows per task (at most the schedule's).
@@ -67,11 +76,14 @@ def dense_text(plan: DensePlan, parallel: bool) -> str:
         last="m - 1 - n0",
         prefix="",
         task_rows=plan.schedule.task_rows,
+        asks=parallel,
+        decoded=decoded,
     )
     setup = ["n0: T.let = t * task", "rows: T.let = T.min(task, m - n0)"]
-    body = [*setup, *declared(tile_buffers(plan, frame.task_rows)), *task_lines(plan, frame)]
+    body = [*setup, *declared(tile_buffers(plan, frame.task_rows, decoded)), *task_lines(plan, frame)]
     kind = "parallel" if parallel else "serial"
-    lines = loop(f"t in T.{kind}((m + task - 1) // task)", body)
+    lines = _decoding(plan, frame) if decoded else []
+    lines += loop(f"t in T.{kind}((m + task - 1) // task)", body)
     shapes = {"x": f"(m, {plan.dim_in})", "y": f"(m, {plan.dim_out})"}
     preamble = ["m = T.int32()"]
     for name, dtype in names.items():
@@ -113,13 +125,15 @@ def sizes(plan: DensePlan) -> dict[str, int]:
     return plan.sizes | {"steps": steps, "fine": steps if scheme is not None and scheme.common else 0}
 
 
-def tile_buffers(plan: DensePlan, task_rows: int) -> dict[str, tuple[int, str]]:
+def tile_buffers(plan: DensePlan, task_rows: int, decoded: bool = False) -> dict[str, tuple[int, str]]:
     """The tile buffers: elements and dtype by name; a register tile may read rows beyond the task's.
 
-    They mean nothing after a task, so that linears which follow each other can share them.
+    They mean nothing after a task, so that linears which follow each other can share them. Where weights are
+    ``decoded``, no operand is scaled.
     """
     rows = task_rows + max(plan.schedule.rows)
-    rows_of = {_BUFFERS[dtype]: (plan.row_size(dtype), dtype) for dtype in _BUFFERS if plan.row_size(dtype)}
+    kept = [dtype for dtype in _BUFFERS if plan.row_size(dtype) and not (decoded and plan.scaled)]
+    rows_of = {_BUFFERS[dtype]: (plan.row_size(dtype), dtype) for dtype in kept}
     rows_of |= {"nan": (plan.watched, "float32"), "gs": (plan.dynamic, "float32")}
     return {name: (rows * size, dtype) for name, (size, dtype) in rows_of.items() if size}
 
@@ -132,6 +146,59 @@ def declared(buffers: Mapping[str, tuple[int, str]]) -> list[str]:
     ]
 
 
+# Weights ---------------------------------------------------------------------------------------
+
+
+def _decoding(plan: DensePlan, frame: Frame) -> list[str]:
+    """A buffer of the integer weights that meet floats, as scaled floats, and the loops that fill it.
+
+    Integers that meet integers stay packed: their decoding costs little or nothing.
+    """
+    lines = []
+    for p in plan.products:
+        if plan.decodes(p):
+            for tiles in p.tiles:
+                lines += _decode_tiles(plan, frame, p, tiles)
+    size = _halves(plan) * plan.sizes["weight"]
+    buffer = f'{frame.prefix}wf = T.alloc_buffer(({size},), "float32", scope="global")'
+    return [buffer, *lines] if lines else []
+
+
+def _decode_tiles(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles) -> list[str]:
+    """One product's column tiles of one width, a stored group at a time, in the order of the packed ones."""
+    lanes, halves, operand = plan.unit.lanes, _halves(plan), plan.operands[p.operand]
+    stored = groups(plan, operand.kind, p.depth)
+    row = tiles.vectors * lanes
+    base = p.weight + tiles.start * lanes * stored
+    lines = []
+    for v in range(tiles.vectors):
+        raw = vector(f"{frame.prefix}weight", f"{base} + (j * {stored} + g) * {row} + {v * lanes}", lanes)
+        codes = [raw]
+        if halves == 2:
+            lines.append(f"b{v}: T.let = {raw}")
+            codes = [_nibble(f"b{v}", half, lanes) for half in range(halves)]
+        for half, code in enumerate(codes):
+            k = f"(g * {halves} + {half})"
+            place = f"{halves * base} + (j * {halves * stored} + {k}) * {row} + {v * lanes}"
+            value = _decode(plan, operand, code)
+            if operand.rule == "scaled":
+                value += f" * {splat(f'{frame.prefix}scale[{operand.index + p.first} + {k}]', lanes)}"
+            column = f"{p.scale + tiles.start * lanes} + {_column(tiles, v, lanes)}"
+            value += f" * {vector(f'{frame.prefix}scale', column, lanes)}"
+            lines.append(f"{vector(f'{frame.prefix}wf', place, lanes)} = {value}")
+    return loop(f"j in T.serial({tiles.count})", loop(f"g in T.serial({stored})", lines))
+
+
+def _in_x(frame: Frame, o: Operand) -> bool:
+    """Whether an operand is read from x, not from a tile buffer."""
+    return o.rule == "direct" or (o.rule == "scaled" and frame.decoded)
+
+
+def _halves(plan: DensePlan) -> int:
+    """Steps of K in a stored group of weights."""
+    return 2 if plan.problem.weight == "s4" else 1
+
+
 # Prologue --------------------------------------------------------------------------------------
 
 
@@ -140,7 +207,7 @@ def _prologue(plan: DensePlan, frame: Frame) -> list[str]:
     for operand in plan.operands:
         if operand.rule == "dynamic":
             body += _gradient(plan, frame, operand)
-        elif operand.rule != "direct":
+        elif not _in_x(frame, operand):
             body += _convert(plan, frame, operand)
     return loop("r in T.serial(rows)", body) if body else []
 
@@ -323,11 +390,13 @@ def _register_tile(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles
     lines = [f'a{r}_{v} = T.alloc_buffer(({lanes},), "{dtype}", scope="global")' for r, v in cells]
     for r, v in cells:
         lines.append(f"{_acc(r, v, lanes)} = {_start(frame, p, tiles, v, lanes, dtype)}")
-    if o.rule == "direct":
+    if _in_x(frame, o):
         lines += [f"i{r}: T.let = T.min(s * {height} + {r}, {frame.last})" for r in range(height)]
-    step = plan.unit.step(o.kind)
-    steps = -(-p.depth // step)
-    whole, halves = divmod(steps, 2) if plan.problem.weight == "s4" else (steps, 0)
+    steps = -(-p.depth // plan.unit.step(o.kind))
+    packed = _halves(plan) == 2 and not (frame.decoded and plan.decodes(p))
+    whole, halves = divmod(steps, 2) if packed else (steps, 0)
+    if frame.asks:
+        lines += _ask(plan, frame, p, tiles, height)
     if whole:
         lines += loop(f"k in T.serial({whole})", _group(plan, frame, p, tiles, "k", odd=False))
     if halves:  # an odd last group: only the low halves of its bytes
@@ -336,6 +405,15 @@ def _register_tile(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles
         stores = _store(plan, frame, p, tiles, r)
         lines += [f"if s * {height} + {r} < rows:", *("    " + line for line in stores)]
     return lines
+
+
+def _ask(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, height: int) -> list[str]:
+    """Ask for what the next register tile writes, of which nothing need exist."""
+    lanes = plan.unit.lanes
+    starts = (f"{tiles.start * lanes} + {_column(tiles, v, lanes)}" for v in range(tiles.vectors))
+    columns = [f"{p.block.base} + c * {p.block.stride} + {start}" for start in starts]
+    rows = (f"(s * {height} + {height + r})" for r in range(height))
+    return [ask_to_write(frame.y(row, column, 1)) for row in rows for column in columns]
 
 
 def _start(frame: Frame, p: Product, tiles: ColumnTiles, v: int, lanes: int, dtype: str) -> str:
@@ -350,10 +428,13 @@ def _group(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, k: str
     o, unit, vectors = plan.operands[p.operand], plan.unit, tiles.vectors
     step, lanes = unit.step(o.kind), unit.lanes
     row = vectors * lanes * step
+    decoded = frame.decoded and plan.decodes(p)
+    each = _halves(plan) if decoded else 1
     stored = groups(plan, o.kind, p.depth)
-    base = p.weight + tiles.start * lanes * step * stored
-    place = f"{base} + (j * {stored} + {k}) * {row}"
-    packed, weight = plan.problem.weight == "s4", f"{frame.prefix}weight"
+    base = each * (p.weight + tiles.start * lanes * step * stored)
+    place = f"{base} + (j * {each * stored} + {k}) * {row}"
+    weight = f"{frame.prefix}{'wf' if decoded else 'weight'}"
+    packed = _halves(plan) == 2 and not decoded
     lines = []
     if packed:
         stacked = (f"{place} + {v * lanes * step}" for v in range(vectors))
@@ -363,7 +444,7 @@ def _group(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, k: str
         for v in range(vectors):
             raw = _nibble(f"b{v}", half, lanes * step) if packed else None
             raw = raw or vector(weight, f"{place} + {v * lanes * step}", lanes * step)
-            lines.append(f"w{half}_{v}: T.let = {_decode(plan, o, raw)}")
+            lines.append(f"w{half}_{v}: T.let = {raw if decoded else _decode(plan, o, raw)}")
         for r in range(plan.schedule.rows[vectors - 1]):
             height = plan.schedule.rows[vectors - 1]
             lines.append(f"e{half}_{r}: T.let = {_operand(plan, frame, p, r, step_index, height)}")
@@ -398,7 +479,7 @@ def _decode(plan: DensePlan, o: Operand, raw: str) -> str:
 def _operand(plan: DensePlan, frame: Frame, p: Product, r: int, k: str, height: int) -> str:
     """The operand of row r and step k, in every lane."""
     o, lanes, step = plan.operands[p.operand], plan.unit.lanes, plan.unit.step(plan.operands[p.operand].kind)
-    if o.rule == "direct":
+    if _in_x(frame, o):
         column = f"{o.block.base + p.first} + c * {o.block.stride} + {k}"
         return splat(frame.x(f"i{r}", column, 1), lanes)
     here = _tile(plan, frame, o, f"(s * {height} + {r})", f"{p.first} + c * {o.width} + {k} * {step}", step)
@@ -421,7 +502,7 @@ def _store(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, r: int
         value = _acc(r, v, lanes)
         if o.kind != "f32":
             value = f'T.Cast("float32x{lanes}", {value})'
-        if p.scale >= 0:
+        if p.scale >= 0 and not (frame.decoded and plan.decodes(p)):
             value += f" * {vector(f'{names}scale', f'{p.scale} + {column}', lanes)}"
         if o.step >= 0:
             value += f" * {splat(f'gs[{row} * {plan.dynamic} + {o.step} + c]', lanes)}"

@@ -212,6 +212,15 @@ class DensePlan:
     def _tiled(self, dtype: str) -> list[Operand]:
         return [o for o in self.operands if o.rule != "direct" and self.unit.storage(o.kind) == dtype]
 
+    def decodes(self, product: Product) -> bool:
+        """Whether a product's integer weights are multiplied with floats."""
+        return self.problem.weight != "f32" and self.operands[product.operand].kind == "f32"
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a float gradient meets integer weights."""
+        return any(o.rule == "scaled" for o in self.operands)  # all of them, then
+
     @cached_property
     def watched(self) -> int:
         """How many operands cannot carry a NaN themselves."""

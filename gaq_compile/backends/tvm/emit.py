@@ -50,9 +50,19 @@ def vector(buffer: str, index: str, lanes: int, row: str = "") -> str:
 
 def prefetch(buffer: str, index: str, row: str) -> str:
     """Ask for the cache line of one element, into the second-level cache."""
-    return (
-        f'T.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of({buffer}[{row}, {index}]), 0, 2, 1))'
-    )
+    return _asked(f"{buffer}[{row}, {index}]", write=0, level=2)
+
+
+def ask_to_write(place: str) -> str:
+    """Ask for the cache line of an element that will be written, into the nearest cache.
+
+    The element need not exist: asking never fails.
+    """
+    return _asked(place, write=1, level=3)
+
+
+def _asked(place: str, write: int, level: int) -> str:
+    return f'T.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of({place}), {write}, {level}, 1))'
 
 
 def splat(scalar: str, lanes: int) -> str:

@@ -4,9 +4,10 @@
 activation scheme is an integer one, the kernel quantizes a tile of rows into a buffer of its own
 and multiplies integers (``s8 x s8`` or ``s16 x s8`` into s32): nothing of integer size crosses
 memory between kernels. A gradient (``transpose``) is quantized to 16 bits with a step per row
-(``"g16"``), or multiplies floats with the integer weights, decoded in registers; no float copy of
-them is kept. Where nothing else is asked for, a kernel runs with the schedules that tuning has
-stored for it (``database``), one for each bucket of rows.
+(``"g16"``), or multiplies floats with the integer weights, decoded in registers, or for many rows
+once for each call, into memory that all kernels share; no float copy of them is kept. Where nothing
+else is asked for, a kernel runs with the schedules that tuning has stored for it (``database``), one
+for each bucket of rows.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ __all__ = [
     "lower_linear",
     "packed",
 ]
+
+DECODED_ROWS = 64
+"""Rows from which a float copy of the weights pays, made anew in each call (8 bits: from 40, 4: from 20)."""
 
 _DTYPES = {"f32": torch.float32, "s16": torch.int16, "s8": torch.int8, "s4": torch.int8}
 
@@ -99,7 +103,11 @@ class LinearKernel:
         """On all threads where that pays."""
         kernel = self._for(rows)
         parallel, task = launch(kernel.plan, rows, threads())
-        return Choice(kernel._parallel if parallel else kernel._serial, (*kernel.constants, task))
+        if not parallel:
+            function = kernel._serial
+        else:
+            function = kernel._decoded if decodes(kernel.plan, rows) else kernel._parallel
+        return Choice(function, (*kernel.constants, task))
 
     @cached_property
     def _dims(self) -> tuple[int, int]:
@@ -119,6 +127,10 @@ class LinearKernel:
     @cached_property
     def _parallel(self) -> Callable[..., None]:
         return compile_kernel(dense_text(self.plan, parallel=True), self.target)
+
+    @cached_property
+    def _decoded(self) -> Callable[..., None]:
+        return compile_kernel(dense_text(self.plan, parallel=True, decoded=True), self.target)
 
     @property
     def weight_bytes(self) -> int:
@@ -193,6 +205,11 @@ def launch(plan: DensePlan, rows: int, threads: int) -> tuple[bool, int]:
         return False, schedule.task_rows
     tasks = padded(-(-rows // schedule.task_rows), threads)  # as many on every thread
     return True, -(-rows // tasks)
+
+
+def decodes(plan: DensePlan, rows: int) -> bool:
+    """Whether a kernel in parallel decodes weights once for all rows, not for every register tile."""
+    return rows >= DECODED_ROWS and any(plan.decodes(p) for p in plan.products)
 
 
 def schedule_from(fields: Mapping[str, Any]) -> DenseSchedule:

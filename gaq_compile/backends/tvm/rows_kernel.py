@@ -481,6 +481,7 @@ class _Writer:
             last=str(TILE - 1) if ours else "n - 1 - first",
             prefix=f"l{list(self.plan.linears).index(step.result)}_",
             task_rows=TILE,
+            asks=step.result in self.out and not step.result.across and self.plan.owner is None,
         )
         for name, (size, dtype) in tile_buffers(linear.plan, TILE).items():
             self.tiles[name] = (max(size, self.tiles.get(name, (0, dtype))[0]), dtype)

@@ -28,7 +28,7 @@ from .dense_kernel import dense_text
 from .dense_plan import DensePlan, DenseSchedule, LinearProblem, default_schedule, make_plan
 from .emit import vector_lanes
 from .gate_kernel import gate_backward_source, gate_source
-from .linear import launch, lower_linear, schedule_from
+from .linear import decodes, launch, lower_linear, schedule_from
 from .mddq_kernel import mddq_backward_source, mddq_source
 from .row_kernel import UNTUNED, RowSchedule, row_schedule_from
 from .vnni import vector_unit
@@ -116,7 +116,7 @@ class LinearFamily:
         """The kernel's text, and whether it runs in parallel with rows of a task."""
         plan = _plan(key, schedule_from(schedule))
         parallel, task = launch(plan, key.rows, threads)
-        return dense_text(plan, parallel), (parallel, task)
+        return dense_text(plan, parallel, parallel and decodes(plan, key.rows)), (parallel, task)
 
     def example(
         self, key: KernelKey, schedule: dict[str, Any], threads: int, kernel: Callable[..., None]

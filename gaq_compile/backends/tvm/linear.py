@@ -22,8 +22,8 @@ from torch import Tensor
 from ...errors import LoweringError
 from ...ir.layout import Block, blocks, channels, simplified
 from ...numerics.weights import rows_of
-from .build import compile_kernel
-from .database import bucket, threads, tuned
+from .build import compile_both
+from .database import BUCKETS, bucket, threads, tuned
 from .dense_kernel import arguments, dense_text, sizes
 from .dense_plan import DensePlan, DenseSchedule, LinearProblem, Product, groups, make_plan, padded
 from .launch import Choice, Input, Launch, Output, most_rows
@@ -97,19 +97,24 @@ class LinearKernel:
         """On all threads where that pays."""
         kernel = self._for(rows)
         parallel, task = launch(kernel.plan, rows, threads())
-        return Choice(kernel._parallel if parallel else kernel._serial, (*kernel.constants, task))
+        return Choice(kernel._functions[0 if parallel else 1], (*kernel.constants, task))
 
     @cached_property
     def _dims(self) -> tuple[int, int]:
         return self.plan.dim_in, self.plan.dim_out
 
-    @cached_property
-    def _serial(self) -> Callable[..., None]:
-        return compile_kernel(dense_text(self.plan, parallel=False), self.target)
+    def compiled(self) -> LinearKernel:
+        """Itself, with every function that some number of rows asks for: nothing is compiled later."""
+        sizes = [size for size, _ in self.tuned]
+        default = () if set(BUCKETS) <= set(sizes) else (self,)
+        for kernel in (*default, *(kernel for _, kernel in self.tuned)):
+            _ = kernel._functions
+        return self
 
     @cached_property
-    def _parallel(self) -> Callable[..., None]:
-        return compile_kernel(dense_text(self.plan, parallel=True), self.target)
+    def _functions(self) -> tuple[Callable[..., None], Callable[..., None]]:
+        """On all threads, and on the calling one."""
+        return compile_both(dense_text(self.plan, parallel=True), self.target)
 
     @property
     def weight_bytes(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -95,3 +97,27 @@ def test_tensors_that_the_caller_changes_in_place(fresh) -> None:
         tensors[name].copy_(tensors[name][order])
     got, expected = potential(tensors), fresh()(tensors)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_saved_potential_never_asks_for_the_compiler(so3lr_file) -> None:
+    """In a new process, however many atoms: every kernel that any number of rows reaches is there."""
+    code = f"""
+import sys
+from gaq_compile import load
+from gaq_compile.backends.tvm import build
+from gaq_compile.datasets import example_structures
+
+def never(*a, **k):
+    raise SystemExit("something is compiled")
+
+build.build_executable = build.import_tvm = never
+large = example_structures("azobenzene")[3]
+q = load({str(so3lr_file)!r})
+for structures in ([large[:1]], [large[:3]], [large], [large] * 4, [large] * 64):
+    print(sum(p.energy for p in q(structures)))
+assert "tvm" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    energies = [float(line) for line in done.stdout.split()]
+    assert energies[4] == pytest.approx(64 * energies[2], rel=1e-6)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from gaq_compile.backends.tvm import database, tune_search
+from gaq_compile.backends.tvm import build, database, tune_search
+from gaq_compile.backends.tvm.backend import cpu_kernels
 from gaq_compile.backends.tvm.build import compile_kernel, host_target
 from gaq_compile.backends.tvm.conv import conv_forward
 from gaq_compile.backends.tvm.conv_schedule import ConvSchedule
@@ -221,6 +222,29 @@ def test_small_kernels_run_the_stored_schedule_in_its_bucket_only() -> None:
     store(key, asdict(RowSchedule()) | {"lanes": 7})
     with pytest.warns(UserWarning, match="not usable"):
         assert lower_gate(GATE, host_target()).choose(64).function is before.choose(64).function
+
+
+def test_no_number_of_rows_compiles_anything_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each bucket's schedule, with threads and without."""
+    here = cpu_kernels(host_target())
+    store(linear_key(64), asdict(DenseSchedule((4, 3), 16, 0, True)))
+    store(linear_key(6048), asdict(DenseSchedule((4, 3), 32)))
+    store(KernelKey("gate", problem_text({"spec": GATE}), 512, host_target()), asdict(RowSchedule(8)))
+    store(KernelKey("conv", problem_text({"spec": CONV}), 512, host_target()), asdict(ConvSchedule(32, 8, 0)))
+    made = here.linear(*lowered()), here.gate(GATE, host_target()), here.conv(CONV, host_target())
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("something is compiled")
+
+    monkeypatch.setattr(build, "build_executable", refused)
+    database.database_path(host_target()).unlink()
+    functions: list[set[int]] = []
+    for kernel in made:
+        some = (1, 64, 200, 512, 1500, 4000, 100_000)
+        functions.append({id(kernel.launch.choose(rows).function) for rows in some})
+    assert [len(found) for found in functions] == [4, 2, 2]
+    with pytest.raises(AssertionError, match="is compiled"):  # which this would have seen
+        lower_linear(*lowered(LinearProblem("16x0e+8x1e -> 32x0e+8x1e", "s8 m8d8", "s8")))(torch.randn(3, 40))
 
 
 @pytest.mark.parametrize("family", ["gate", "gate_backward", "mddq", "mddq_backward"])

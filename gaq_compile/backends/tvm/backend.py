@@ -82,7 +82,7 @@ def cpu_kernels(target: str) -> Kernels:
         groups_linears=True,
         groups_sums=True,
         stores_halves=True,
-        linear=lower_linear,
+        linear=lambda *given: lower_linear(*given).compiled(),
         conv=conv_forward,
         conv_backward=conv_backward,
         gate=lower_gate,

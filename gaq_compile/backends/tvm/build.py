@@ -17,7 +17,9 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -93,15 +95,76 @@ def compile_kernel(source: str, target: str) -> Any:
     """
     path = cache_dir() / f"{kernel_key(source, target)}.so"
     if not path.exists():
-        executable = build_executable(source, target)
-        if shutil.which("g++") is None:  # no linker: keep the kernel in memory only
-            return executable.jit()[ENTRY]
+        made = _compiled(source, target, {path: ()})
+        if made is not None:
+            return made
+    return _load_library(path)
+
+
+@lru_cache(maxsize=4096)
+def compile_both(source: str, target: str) -> tuple[Any, Any]:
+    """A kernel with parallel loops, compiled once: as it is, and with all loops on the calling thread.
+
+    Arguments, errors and the two functions are :func:`compile_kernel`'s.
+    """
+    path = cache_dir() / f"{kernel_key(source, target)}.so"
+    alone = path.with_name(f"{path.stem}-alone-{_identity(_ALONE)[:8]}.so")
+    if not (path.exists() and alone.exists()):
+        made = _compiled(source, target, {path: (), alone: (_alone(),)})
+        if made is not None:  # threads for few rows are slower, but right
+            return made, made
+    return _load_library(path), _load_library(alone)
+
+
+# A kernel starts its parallel loops through this pointer, which is set to TVM's thread pool where a library
+# shows it. One that is hidden stays as it is here: the body is called once, with all that there is to do.
+_ALONE = """
+struct Pool { void* barrier; int tasks; };
+extern "C" {
+static int alone(int (*body)(int, Pool*, void*), void* data, int) {
+    Pool pool = {nullptr, 1};
+    return body(0, &pool, data);
+}
+__attribute__((visibility("hidden"))) void* __TVMBackendParallelLaunch = reinterpret_cast<void*>(&alone);
+}
+"""
+
+
+@lru_cache(maxsize=1)
+def _alone() -> Path:
+    """What kernels that stay on the calling thread are linked with."""
+    path = cache_dir() / f"alone-{_identity(_ALONE)[:8]}.o"
+    if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            # The process has the C library; looking it up would take most of the linker's time.
-            executable.export_library(str(made), options=["-nostdlib"])
+            compiler = ["g++", "-x", "c++", "-O2", "-fPIC", "-c", "-", "-o", str(made)]
+            subprocess.run(compiler, input=_ALONE, text=True, check=True, capture_output=True)
             os.replace(made, path)
-    return _load_library(path)
+    return path
+
+
+def _compiled(source: str, target: str, libraries: Mapping[Path, tuple[Path, ...]]) -> Any | None:
+    """Compile a kernel once and link it to libraries, each with other objects.
+
+    Returns:
+        The kernel's function, where there is no linker and it can only be kept in memory.
+    """
+    executable = build_executable(source, target)
+    if shutil.which("g++") is None:
+        return executable.jit()[ENTRY]
+
+    def link(_: str, objects: list[str], **__: Any) -> None:
+        for path, more in libraries.items():
+            made = Path(scratch) / path.name
+            # The process has the C library; looking it up would take most of the linker's time.
+            create_shared(str(made), [*objects, *map(str, more)], options=["-nostdlib"])
+            os.replace(made, path)
+
+    from tvm.support.cc import create_shared
+
+    with tempfile.TemporaryDirectory(dir=next(iter(libraries)).parent) as scratch:
+        executable.export_library(str(Path(scratch) / "kernel.so"), fcompile=link)
+    return None
 
 
 def kernel_argument(value: torch.Tensor) -> Any:
@@ -114,8 +177,11 @@ def kernel_argument(value: torch.Tensor) -> Any:
 
 def kernel_key(source: str, target: str) -> str:
     """The hash that names a compiled kernel: text, target, TVM's version and how it is used."""
-    identity = "\0".join((source, target, tvm_version(), *_IDLE_PASSES, *_tuning(target)))
-    return hashlib.sha256(identity.encode()).hexdigest()[:32]
+    return _identity("\0".join((source, target, tvm_version(), *_IDLE_PASSES, *_tuning(target))))
+
+
+def _identity(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def build_executable(source: str, target: str, config: dict[str, Any] | None = None) -> Any:

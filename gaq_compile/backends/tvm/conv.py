@@ -40,7 +40,7 @@ from ...ir.specs import GRADIENT_EXPONENT, TensorProductPath
 from .build import compile_kernel
 from .conv_schedule import DEFAULT, ConvSchedule, conv_schedule_from
 from .conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_problem, conv_width, weight_row
-from .database import bucket, threads, tuned
+from .database import BUCKETS, bucket, threads, tuned
 from .emit import (
     block_lanes,
     kernel_text,
@@ -122,9 +122,10 @@ def _kernels(
     """``edges -> kernel``: the default's, or the one that is tuned for so many edges."""
     lanes = vector_lanes(target)
     stored = tuned(family, {"spec": spec}, target, threads(), conv_schedule_from)
-    best = {rows: Choice(compile_kernel(source(spec, lanes, s), target)) for rows, s in stored.items()}
-    default = Choice(compile_kernel(source(spec, lanes, DEFAULT), target))
-    return lambda edges: best.get(bucket(edges), default)
+    schedules = {rows: stored.get(rows, DEFAULT) for rows in BUCKETS}
+    made = {s: Choice(compile_kernel(source(spec, lanes, s), target)) for s in schedules.values()}
+    choices = {rows: made[schedule] for rows, schedule in schedules.items()}
+    return lambda edges: choices[bucket(edges)]
 
 
 @lru_cache(maxsize=256)

@@ -24,8 +24,8 @@ from ...errors import LoweringError
 from ...ir.layout import Block, blocks, channels, simplified
 from ...ir.specs import GRADIENT_EXPONENT
 from ...numerics.weights import rows_of
-from .build import compile_kernel
-from .database import bucket, threads, tuned
+from .build import compile_both, compile_kernel
+from .database import BUCKETS, bucket, threads, tuned
 from .dense_kernel import arguments, dense_text, sizes
 from .dense_plan import DensePlan, DenseSchedule, LinearProblem, Product, groups, make_plan, padded
 from .launch import Choice, Input, Launch, Output, most_rows
@@ -103,11 +103,10 @@ class LinearKernel:
         """On all threads where that pays."""
         kernel = self._for(rows)
         parallel, task = launch(kernel.plan, rows, threads())
-        if not parallel:
-            function = kernel._serial
-        else:
-            function = kernel._decoded if decodes(kernel.plan, rows) else kernel._parallel
-        return Choice(function, (*kernel.constants, task))
+        shared, alone = kernel._functions
+        if parallel and decodes(kernel.plan, rows):
+            shared = kernel._decoded
+        return Choice(shared if parallel else alone, (*kernel.constants, task))
 
     @cached_property
     def _dims(self) -> tuple[int, int]:
@@ -120,13 +119,20 @@ class LinearKernel:
         given, made = (torch.float16 if h else torch.float32 for h in (problem.half_in, problem.half_out))
         return given, made
 
-    @cached_property
-    def _serial(self) -> Callable[..., None]:
-        return compile_kernel(dense_text(self.plan, parallel=False), self.target)
+    def compiled(self) -> LinearKernel:
+        """Itself, with every function that some number of rows asks for: nothing is compiled later."""
+        sizes = [size for size, _ in self.tuned]
+        default = () if set(BUCKETS) <= set(sizes) else (self,)
+        for kernel in (*default, *(kernel for _, kernel in self.tuned)):
+            _ = kernel._functions
+            if decodes(kernel.plan, DECODED_ROWS):
+                _ = kernel._decoded
+        return self
 
     @cached_property
-    def _parallel(self) -> Callable[..., None]:
-        return compile_kernel(dense_text(self.plan, parallel=True), self.target)
+    def _functions(self) -> tuple[Callable[..., None], Callable[..., None]]:
+        """On all threads, and on the calling one."""
+        return compile_both(dense_text(self.plan, parallel=True), self.target)
 
     @cached_property
     def _decoded(self) -> Callable[..., None]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 from .build import compile_kernel
-from .database import bucket, problem_text, threads, tuned
-from .launch import Choice, Launch, Part, always
+from .database import BUCKETS, bucket, problem_text, threads, tuned
+from .launch import Choice, Launch, Part
 from .row_kernel import UNTUNED, RowSchedule, row_schedule_from
 
 
@@ -29,16 +28,8 @@ def row_launch(
     Raises:
         LoweringError: if TVM rejects the kernel.
     """
-    default = always(compile_kernel(source(UNTUNED), target))
     stored = tuned(family, problem, target, threads(), row_schedule_from)
-    other = {rows: schedule for rows, schedule in stored.items() if schedule != UNTUNED}
-
-    @cache
-    def made(schedule: RowSchedule) -> Choice:
-        return Choice(compile_kernel(source(schedule), target))
-
-    def choose(rows: int) -> Choice:
-        schedule = other.get(bucket(rows))
-        return default(rows) if schedule is None else made(schedule)
-
-    return Launch(parts, choose if other else default, tuning=(family, problem_text(problem)))
+    schedules = {rows: stored.get(rows, UNTUNED) for rows in BUCKETS}
+    made = {s: Choice(compile_kernel(source(s), target)) for s in schedules.values()}
+    choices = {rows: made[schedule] for rows, schedule in schedules.items()}
+    return Launch(parts, lambda rows: choices[bucket(rows)], tuning=(family, problem_text(problem)))

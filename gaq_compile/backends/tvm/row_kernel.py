@@ -212,7 +212,7 @@ class Emitter:
     def one_and_exp(self, x: str) -> str:
         """1 + e^-x, infinity far below, in two thirds of the time of :meth:`exp`, which is for any purpose.
 
-        The exponent is that of one product, x * log2(e): its error of |x| / 10^7 is small beside 1, or the
+        The exponent is that of one product, x * log2(e): its error, |x| / 10^7, is small beside 1, or the
         sum is large.
         """
         least, most = (self.number(bound) for bound in _SIGMOID_RANGE)

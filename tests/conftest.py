@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ for _name, _value in (
     ("GAQ_CACHE_GRAPHS", "0"),  # tests plant faults in passes, which no key knows of
 ):
     os.environ.setdefault(_name, _value)
+
+sys.path.insert(0, str(Path(__file__).parent))  # test modules are imported by their place, not by name
 
 import gaq_compile  # noqa: E402
 from gaq_compile.datasets import example_structures  # noqa: E402

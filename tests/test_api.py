@@ -12,6 +12,7 @@ from ase import Atoms
 from ase.build import molecule
 from e3nn import nn as enn
 from e3nn import o3
+from small_models import Small, neighbours
 from torch import nn
 
 import gaq_compile
@@ -35,43 +36,18 @@ from gaq_compile.verify.types import Prediction
 QUIET = {"backend": "reference", "measure": False, "progress": False}
 
 
-class Small(nn.Module):
+class Gated(Small):
     """A potential of one's own: one convolution, a gate, a radial network."""
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(10, 4)
-        self.sh = o3.SphericalHarmonics("1x0e+1x1o", True, "component")
-        paths = [(0, 0, 0, "uvu", True), (0, 1, 1, "uvu", True)]
-        self.tp = o3.TensorProduct(
-            "4x0e", "1x0e+1x1o", "4x0e+4x1o", paths, shared_weights=False, internal_weights=False
-        )
-        self.radial = enn.FullyConnectedNet([3, 6, 8], nn.functional.silu)
         self.mix = o3.Linear("4x0e+4x1o", "8x0e+4x1o")
         self.gate = enn.Gate("4x0e", [torch.tanh], "4x0e", [torch.sigmoid], "4x1o")
-        self.last = o3.Linear("4x0e+4x1o", "4x0e+4x1o")
         self.head = o3.Linear("4x0e", "1x0e")
 
     def forward(self, positions, species, senders, receivers):
-        vectors = positions[senders] - positions[receivers]
-        length = vectors.norm(dim=1, keepdim=True)
-        basis = torch.exp(-((length - torch.arange(3, dtype=length.dtype)) ** 2))
-        message = self.tp(self.embed(species)[senders], self.sh(vectors), self.radial(basis))
-        x = torch.zeros(positions.shape[0], 16, dtype=length.dtype).index_add(0, receivers, message)
-        y = self.last(self.gate(self.mix(x)))
+        y = self.last(self.gate(self.mix(self.sums(positions, species, senders, receivers))))
         return self.head(y[:, :4]).squeeze(-1) + y[:, 4:].square().sum(1)
-
-
-def _example(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    i, j = (~torch.eye(n, dtype=torch.bool)).nonzero().T
-    return {
-        "positions": torch.randn(n, 3, generator=g) * 1.5,
-        "species": torch.randint(0, 10, (n,), generator=g),
-        "senders": i.contiguous(),
-        "receivers": j.contiguous(),
-    }
 
 
 def _truth(model: nn.Module, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,12 +58,12 @@ def _truth(model: nn.Module, tensors: dict[str, torch.Tensor]) -> tuple[torch.Te
 
 @pytest.fixture(scope="module")
 def small() -> nn.Module:
-    return Small()
+    return Gated()
 
 
 @pytest.fixture(scope="module")
 def potential(small):
-    return gaq_compile.quantize(small, list(_example(6).values()), "w8", **QUIET)
+    return gaq_compile.quantize(small, list(neighbours(6).values()), "w8", **QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +77,7 @@ def sevennet():
 
 def test_an_error_that_is_missed_on_other_structures_is_told(small):
     """Bits are chosen on some structures and the result is measured on others."""
-    example = list(_example(6).values())
+    example = list(neighbours(6).values())
     plain = gaq_compile.quantize(small, example, "w4", **QUIET).report.accuracy["force_mae_mev_per_a"]
     potential = gaq_compile.quantize(small, example, "auto", max_force_error=0.5 * plain, **QUIET)
     assert potential.report.choice["force_mae_mev_per_a"] <= 0.5 * plain
@@ -114,7 +90,7 @@ def test_an_error_that_is_missed_on_other_structures_is_told(small):
 
 def test_a_choice_survives_a_file(small, tmp_path):
     potential = gaq_compile.quantize(
-        small, list(_example(6).values()), "auto", max_force_error=50.0, overrides={"last": "w8"}, **QUIET
+        small, list(neighbours(6).values()), "auto", max_force_error=50.0, overrides={"last": "w8"}, **QUIET
     )
     loaded = gaq_compile.load(potential.save(tmp_path / "small.gaq"), backend="reference")
     assert loaded.config == potential.config and loaded.config.max_force_error == 50.0
@@ -124,7 +100,7 @@ def test_a_choice_survives_a_file(small, tmp_path):
 
 def test_auto_wants_to_know_the_force_error(small):
     with pytest.raises(ConfigError, match="none is given"):
-        gaq_compile.quantize(small, list(_example(6).values()), "auto", **QUIET)
+        gaq_compile.quantize(small, list(neighbours(6).values()), "auto", **QUIET)
 
 
 def test_report_and_stages(potential):
@@ -133,7 +109,7 @@ def test_report_and_stages(potential):
     assert {"capture", *prepared, *made} <= set(potential.graphs)
     report = json.loads(potential.report.to_json())
     assert {"model", "scheme", "backend", "target", "atoms", "edges", "nodes", "accuracy"} <= set(report)
-    assert report["model"] == "Small" and report["scheme"] == "w8" and report["nodes"]["fallback"] == []
+    assert report["model"] == "Gated" and report["scheme"] == "w8" and report["nodes"]["fallback"] == []
     assert report["conservativity"]["scheme_is_conservative"] is True
     assert report["conservativity"]["gradient_rel_error"] < 1e-2
     assert report["equivariance"]["lee_force_mev_per_a"] < 0.05
@@ -144,7 +120,7 @@ def test_report_and_stages(potential):
 @pytest.mark.parametrize("n", [2, 3, 5, 8, 11])
 def test_other_sizes(small, potential, n):
     """Rounded weights are close to the original for every number of atoms and edges, 2 included."""
-    tensors = _example(n, seed=n)
+    tensors = neighbours(n, seed=n)
     energy, forces = _truth(small, tensors)
     out = potential(tensors)
     assert out["energy"].shape == energy.shape and out["forces"].shape == forces.shape
@@ -154,20 +130,20 @@ def test_other_sizes(small, potential, n):
 
 def test_missing_tensors_are_named(potential):
     with pytest.raises(StructureError, match="senders"):
-        potential({k: v for k, v in _example(4).items() if k != "senders"})
+        potential({k: v for k, v in neighbours(4).items() if k != "senders"})
     with pytest.raises(StructureError, match="tensors of its own"):
         potential(molecule("H2O"))
 
 
 def test_the_model_is_untouched(small):
-    fresh = Small()
+    fresh = Gated()
     assert small.training and all(p.requires_grad and p.grad is None for p in small.parameters())
     assert all(
         torch.equal(a, b)
         for a, b in zip(small.state_dict().values(), fresh.state_dict().values(), strict=True)
     )
     assert [type(m).__name__ for m in small.modules()] == [type(m).__name__ for m in fresh.modules()]
-    tensors = list(_example(5).values())
+    tensors = list(neighbours(5).values())
     assert torch.equal(small(*tensors), fresh(*tensors))
 
 
@@ -218,7 +194,7 @@ def test_a_tampered_operator_is_refused(small, monkeypatch, name):
     """A kernel that is off by a fifth of a percent, in energy and forces or in forces alone."""
     monkeypatch.setattr(reference, name, _scaled(getattr(reference, name), 1.002))
     with pytest.raises(VerificationError) as error:
-        gaq_compile.quantize(small, list(_example(6).values()), "w8", **QUIET)
+        gaq_compile.quantize(small, list(neighbours(6).values()), "w8", **QUIET)
     assert "float32" in str(error.value) and "allowed" in str(error.value) and error.value.fix
 
 
@@ -307,14 +283,14 @@ def test_unknown_model_lists_the_known_ones():
 def test_override_that_matches_nothing(small):
     with pytest.raises(ConfigError, match=r"\*weight_nn\*[\s\S]*radial\.layer0"):
         gaq_compile.quantize(
-            small, list(_example(6).values()), "w8", overrides={"*weight_nn*": "fp32"}, **QUIET
+            small, list(neighbours(6).values()), "w8", overrides={"*weight_nn*": "fp32"}, **QUIET
         )
 
 
 def test_structures_for_a_model_without_a_recipe(small):
     with pytest.raises(CaptureError) as error:
         gaq_compile.quantize(small, molecule("H2O"), **QUIET)
-    assert "Small" in str(error.value) and "forward" in error.value.fix
+    assert "Gated" in str(error.value) and "forward" in error.value.fix
 
 
 class Branching(nn.Module):

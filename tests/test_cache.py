@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from e3nn import nn as enn
-from e3nn import o3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from small_models import Small, neighbours
 from torch import nn
 
 import gaq_compile
@@ -34,37 +33,8 @@ QUIET = {"backend": "reference", "measure": False, "progress": False}
 WATER = Atoms("OHH", [[0, 0, 0], [0.96, 0, 0.1], [-0.24, 0.93, 0]])
 
 
-class Small(nn.Module):
-    """A convolution, an embedding, integer layers, and a size that depends on an attribute."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embed = nn.Embedding(10, 4)
-        self.sh = o3.SphericalHarmonics("1x0e+1x1o", True, "component")
-        paths = [(0, 0, 0, "uvu", True), (0, 1, 1, "uvu", True)]
-        self.tp = o3.TensorProduct(
-            "4x0e", "1x0e+1x1o", "4x0e+4x1o", paths, shared_weights=False, internal_weights=False
-        )
-        self.radial = enn.FullyConnectedNet([3, 6, 8], nn.functional.silu)
-        self.last = o3.Linear("4x0e+4x1o", "4x0e+4x1o")
-        self.decay = 1.0
-        self.centres = torch.arange(3.0)
-
-    def forward(self, positions, species, senders, receivers):
-        vectors = positions[senders] - positions[receivers]
-        length = vectors.norm(dim=1, keepdim=True)
-        basis = torch.exp(-self.decay * (length - self.centres) ** 2)
-        message = self.tp(self.embed(species)[senders], self.sh(vectors), self.radial(basis))
-        y = self.last(torch.zeros(positions.shape[0], 16).index_add(0, receivers, message))
-        return y[:, :4].sum(1) + y[:, 4:].square().sum(1)
-
-
 def _example(n: int = 6) -> list[torch.Tensor]:
-    g = torch.Generator().manual_seed(n)
-    i, j = (~torch.eye(n, dtype=torch.bool)).nonzero().T
-    positions, species = torch.randn(n, 3, generator=g) * 1.5, torch.randint(0, 10, (n,), generator=g)
-    return [positions, species, i.contiguous(), j.contiguous()]
+    return list(neighbours(n, seed=n).values())
 
 
 @pytest.fixture(autouse=True)

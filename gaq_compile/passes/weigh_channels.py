@@ -97,15 +97,16 @@ def weigh_channels(
         for inputs in named:
             here = _Rows.of(graph_module, form, inputs, sites)
             bar.advance(task)
-            here.add(found, share * ENERGY_WEIGHT)
+            weights = here.add(found, share * ENERGY_WEIGHT)
             for _ in range(DRAWS):
                 move = torch.randn(_atoms(inputs, form), 3, generator=random)
                 ahead, behind = (
                     _Rows.of(graph_module, form, _moved(inputs, form, sign * DISPLACEMENT * move), sites)
                     for sign in (1, -1)
                 )
-                here.add_varied(found, ahead, behind, share / DRAWS)
+                here.add_varied(found, weights, ahead, behind, share / DRAWS)
                 bar.advance(task, 2)
+            here.add_inputs(found, weights)
     weighed = {label: [*hessians.values()] for label, hessians in found.hessians.items()}
     for label, tensors in (weighed | {k: [v] for k, v in found.impacts.items()}).items():
         if not all(bool(torch.isfinite(t).all()) for t in tensors):
@@ -170,22 +171,23 @@ class _Rows:
             [(site, x.detach(), g) for (site, x), g in zip(recorder.probes, slopes[count:], strict=True)],
         )
 
-    def add(self, found: ChannelCosts, factor: float) -> None:
-        """``factor * |g|^2 x x^T``, and ``factor * g^2`` of the sites."""
-        for layer, x, g in zip(self.layers, self.inputs, self.gradients, strict=True):
-            _add(found, layer, x, factor * _squares(g))
-            _add_mean(found, layer, x, factor * _squares(g))
+    def add(self, found: ChannelCosts, factor: float) -> list[Tensor]:
+        """``factor * g^2`` of the sites; returns ``factor * |g|^2``, what the rows of each layer count."""
         for site, x, g in self.sites:
             _add_squares(found.impacts, site, g, factor)
             _add_squares(found.powers, site, x, factor / ENERGY_WEIGHT)
             rows = len(x) * factor / ENERGY_WEIGHT
             found.rows[site.label] = found.rows.get(site.label, 0.0) + rows
+        return [factor * _squares(g) for g in self.gradients]
 
-    def add_varied(self, found: ChannelCosts, ahead: _Rows, behind: _Rows, factor: float) -> None:
-        """``factor * (|g|^2 xdot xdot^T + |gdot|^2 x x^T)``, and ``factor * gdot^2`` of the sites.
+    def add_varied(
+        self, found: ChannelCosts, weights: list[Tensor], ahead: _Rows, behind: _Rows, factor: float
+    ) -> None:
+        """``factor * |g|^2 xdot xdot^T``, and ``factor * gdot^2`` of the sites.
 
         Args:
             found: what to add to.
+            weights: what the rows of each layer count, to which ``factor * |gdot|^2`` is added.
             ahead, behind: both ends of a displacement.
             factor: how much this displacement counts.
         """
@@ -193,10 +195,15 @@ class _Rows:
             x_dot = (ahead.inputs[i] - behind.inputs[i]) / (2 * DISPLACEMENT)
             g_dot = (ahead.gradients[i] - behind.gradients[i]) / (2 * DISPLACEMENT)
             _add(found, layer, x_dot, factor * _squares(self.gradients[i]))
-            _add(found, layer, self.inputs[i], factor * _squares(g_dot))
-            _add_mean(found, layer, self.inputs[i], factor * _squares(g_dot))
+            weights[i] = weights[i] + factor * _squares(g_dot)
         for (site, _, after), (_, _, before) in zip(ahead.sites, behind.sites, strict=True):
             _add_squares(found.impacts, site, (after - before) / (2 * DISPLACEMENT), factor)
+
+    def add_inputs(self, found: ChannelCosts, weights: Sequence[Tensor]) -> None:
+        """``weights * x x^T``: all displacements at once, since they have the same x."""
+        for layer, x, weight in zip(self.layers, self.inputs, weights, strict=True):
+            _add(found, layer, x, weight)
+            _add_mean(found, layer, x, weight)
 
 
 def _squares(gradient: Tensor) -> Tensor:

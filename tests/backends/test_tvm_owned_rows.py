@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.fx import Graph, Node
-from torch.fx.node import map_arg
+from torch import Tensor
+from torch.fx import Node
 
 pytest.importorskip("tvm")
+
+from written_groups import WrittenGroup
 
 from gaq_compile.backends.tvm import launch
 from gaq_compile.backends.tvm.build import compile_kernel, host_target
@@ -26,7 +27,7 @@ from gaq_compile.backends.tvm.rows_kernel import lower_rows, rows_source
 from gaq_compile.backends.tvm.rows_plan import make_plan
 from gaq_compile.operators.reference import sort_edges
 from gaq_compile.passes.row_groups import FusedRows
-from gaq_compile.passes.row_shapes import PRIMES, RowShape
+from gaq_compile.passes.row_shapes import PRIMES
 
 aten, gaq = torch.ops.aten, torch.ops.gaq
 ROWS: tuple[tuple[int, ...], ...] = ((), (1,), (3,), (9,), (24,), (32,), (128,), (4, 32), (3, 3))
@@ -57,59 +58,25 @@ SIZES = (
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-class _Group:
-    """A group of edges, written operator by operator, that adds up by the order of one end."""
+class _Group(WrittenGroup):
+    """A group that adds up by the order of one end."""
 
     def __init__(self) -> None:
-        self.graph, self.module = Graph(), nn.Module()
-        self.values: dict[Node, Any] = {}  # without data
-        self.shapes: dict[Node, RowShape] = {}
-        self.kinds: list[tuple[str, tuple[int, ...]]] = []  # of the arguments
-        self.index = self._input("index", (), "edge", torch.int64)
-        self.other = self._input("other", (), "edge", torch.int64)
-        self.order = self._input("order", (), "edge", torch.int32)
-        self.starts = self._input("starts", (), None, torch.int32)
-        self.atoms = self.graph.placeholder("atoms")
-        self.values[self.atoms] = PRIMES["atom"]
-        self.kinds.append(("atoms", ()))
-
-    def _input(self, kind: str, row: tuple[int, ...], rows: str | None, dtype: torch.dtype) -> Node:
-        node = self.graph.placeholder(f"{kind}{len(self.kinds)}")
-        self.kinds.append((kind, row))
-        size = PRIMES[rows] if rows else PRIMES["atom"] + 1
-        self.values[node] = torch.empty(size, *row, dtype=dtype, device="meta")
-        self.shapes[node] = RowShape(rows, row, dtype)
-        return node
+        super().__init__()
+        edges = (PRIMES["edge"],)
+        self.index = self.input("index", (), edges, torch.int64)
+        self.other = self.input("other", (), edges, torch.int64)
+        self.order = self.input("order", (), edges, torch.int32)
+        self.starts = self.input("starts", (), (PRIMES["atom"] + 1,), torch.int32)
+        self.atoms = self.number("atoms", "atom")
 
     def argument(self, *row: int) -> Node:
         """Rows of edges."""
-        return self._input("rows", row, "edge", torch.float32)
-
-    def table(self, *row: int) -> Node:
-        """Rows of atoms."""
-        return self._input("table", row, "atom", torch.float32)
-
-    def constant(self, value: Tensor) -> Node:
-        self.module.register_buffer(f"c{len(self.values)}", value)
-        node = self.graph.get_attr(f"c{len(self.values)}")
-        self.values[node] = value.to("meta")
-        self.shapes[node] = RowShape(None, tuple(value.shape), value.dtype)
-        return node
-
-    def __call__(self, target: Any, *args: Any) -> Node:
-        node = self.graph.call_function(target, args)
-        value = self.values[node] = target(*map_arg(args, lambda n: self.values[n]))
-        rows = {size: kind for kind, size in PRIMES.items()}[value.shape[0]]
-        self.shapes[node] = RowShape(rows, tuple(value.shape[1:]), value.dtype)
-        return node
+        return self.input("rows", row, (PRIMES["edge"], *row), torch.float32)
 
     def sum(self, values: Node) -> Node:
         more = (self.index, self.order, self.starts, self.atoms, "sum")
         return self(gaq.sum_sorted.default, values, *more)
-
-    def fused(self, *results: Node) -> FusedRows:
-        self.graph.output(results)
-        return FusedRows(self.module, self.graph, "edge", self.shapes)
 
     def inputs(self, edges: int, atoms: int, kind: str = "random") -> list[Any]:
         g = torch.Generator().manual_seed(edges + atoms)
@@ -118,7 +85,7 @@ class _Group:
         _, _, starts, order, _, _ = sort_edges(other, index, atoms)
         known = {"index": index, "other": other, "order": order, "starts": starts, "atoms": atoms}
         rows = {"rows": edges, "table": atoms}
-        return [known[k] if k in known else torch.randn(rows[k], *row, generator=g) for k, row in self.kinds]
+        return [known[k] if k in known else torch.randn(rows[k], *row, generator=g) for k, row in self.made]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -17,11 +17,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
 
 pytest.importorskip("tvm")
+
+from written_groups import WrittenGroup
 
 from gaq_compile.backends.tvm import launch
 from gaq_compile.backends.tvm.build import host_target
@@ -32,7 +33,7 @@ from gaq_compile.capture.graphs import GraphFormat
 from gaq_compile.passes.fuse_rows import fuse_rows
 from gaq_compile.passes.pack_rows import pack_rows
 from gaq_compile.passes.row_groups import FusedRows, fused_rows
-from gaq_compile.passes.row_shapes import PRIMES, RowShape
+from gaq_compile.passes.row_shapes import PRIMES
 
 aten, gaq = torch.ops.aten, torch.ops.gaq
 ROWS = (0, 1, 15, 16, 17, 100, 2000)
@@ -98,66 +99,25 @@ POWERS: list[tuple[Any, tuple[Any, ...], tuple[float, float]]] = [
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-class _Group:
-    """A group that is written operator by operator: ``y = g(aten.exp.default, x)``."""
-
-    def __init__(self) -> None:
-        self.graph, self.module = Graph(), nn.Module()
-        self.values: dict[Node, Any] = {}  # without data
-        self.shapes: dict[Node, RowShape] = {}
-        self.made: list[tuple[str, tuple[int, ...]]] = []  # what arguments hold, and their rows' shapes
+class _Group(WrittenGroup):
+    """A group with arguments of many kinds."""
 
     def argument(self, *row: int, holds: str = "normal") -> Node:
         """Rows of the group: "normal", "positive", "angle", "small" (whole numbers), "bool" or "index"."""
         types = {"bool": torch.bool, "index": torch.int64}
-        return self._input(holds, row, (PRIMES["edge"], *row), types.get(holds, torch.float32))
-
-    def table(self, *row: int) -> Node:
-        """Rows of atoms."""
-        return self._input("table", row, (PRIMES["atom"], *row), torch.float32)
+        return self.input(holds, row, (PRIMES["edge"], *row), types.get(holds, torch.float32))
 
     def fixed(self, *shape: int, holds: str = "fixed") -> Node:
         """The same for all rows, but known only at a call."""
-        return self._input(holds, shape, shape, torch.bool if holds == "fixed bool" else torch.float32)
+        return self.input(holds, shape, shape, torch.bool if holds == "fixed bool" else torch.float32)
 
     def size(self) -> Node:
         """The number of rows."""
-        self.made.append(("size", ()))
-        node = self.graph.placeholder(f"s{len(self.made)}")
-        self.values[node] = PRIMES["edge"]
-        return node
-
-    def _input(self, holds: str, row: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> Node:
-        self.made.append((holds, tuple(row)))
-        node = self.graph.placeholder(f"x{len(self.made)}")
-        return self._known(node, torch.empty(tuple(shape), dtype=dtype, device="meta"))
-
-    def constant(self, value: Tensor) -> Node:
-        name = f"c{len(self.values)}"
-        self.module.register_buffer(name, value)
-        return self._known(self.graph.get_attr(name), value.to("meta"))
-
-    def __call__(self, target: Any, *args: Any) -> Node:
-        return self._known(
-            self.graph.call_function(target, args), target(*map_arg(args, lambda n: self.values[n]))
-        )
+        return self.number("size", "edge")
 
     def parts(self, target: Any, *args: Any) -> list[Node]:
         node = self(target, *args)
         return [self(operator.getitem, node, k) for k in range(len(self.values[node]))]
-
-    def _known(self, node: Node, value: Any) -> Node:
-        first = value[0] if isinstance(value, list | tuple) else value
-        kinds = {size: kind for kind, size in PRIMES.items()}
-        sizes = tuple(first.shape)
-        rows = kinds.get(sizes[0]) if sizes else None
-        self.values[node] = value
-        self.shapes[node] = RowShape(rows, sizes[1:] if rows else sizes, first.dtype)
-        return node
-
-    def fused(self, *results: Node) -> FusedRows:
-        self.graph.output(results)
-        return FusedRows(self.module, self.graph, "edge", self.shapes)
 
     def inputs(self, n: int) -> list[Any]:
         generator = torch.Generator().manual_seed(n)

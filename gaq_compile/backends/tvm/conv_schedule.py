@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .schedule import integers_from
+
 
 @dataclass(frozen=True)
 class ConvSchedule:
@@ -31,9 +33,9 @@ def conv_schedule_from(fields: Mapping[str, Any]) -> ConvSchedule:
     Raises:
         ValueError, TypeError, KeyError: if they make no schedule.
     """
-    found = ConvSchedule(int(fields["chunk"]), int(fields["sums"]), int(fields["prefetch"]))
-    if found.chunk % 16 or not 16 <= found.chunk <= 256 or not 0 <= found.sums <= 64:
-        raise ValueError(f"constants out of range: {dict(fields)}")
-    if found.prefetch not in (0, 1, 2):
-        raise ValueError(f"no cache of level {found.prefetch}")
-    return found
+    return integers_from(ConvSchedule, fields, _is_sound)
+
+
+def _is_sound(schedule: ConvSchedule) -> bool:
+    chunks = schedule.chunk % 16 == 0 and 16 <= schedule.chunk <= 256
+    return chunks and 0 <= schedule.sums <= 64 and schedule.prefetch in (0, 1, 2)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .emit import literal, loop, splat
+from .schedule import integers_from
 
 LANES = 16  # channels handled at once; LLVM splits them on targets with narrower registers
 
@@ -41,10 +42,12 @@ def row_schedule_from(fields: Mapping[str, Any]) -> RowSchedule:
     Raises:
         ValueError, TypeError, KeyError: if they make no schedule.
     """
-    found = RowSchedule(int(fields["lanes"]), int(fields["serial_work"]), int(fields["block_work"]))
-    if found.lanes not in (1, 2, 4, 8, 16, 32, 64) or found.serial_work < 0 or found.block_work < 1:
-        raise ValueError(f"constants out of range: {dict(fields)}")
-    return found
+    return integers_from(RowSchedule, fields, _is_sound)
+
+
+def _is_sound(schedule: RowSchedule) -> bool:
+    lanes = schedule.lanes in (1, 2, 4, 8, 16, 32, 64)
+    return lanes and schedule.serial_work >= 0 and schedule.block_work >= 1
 
 
 def row_loop(

@@ -42,8 +42,9 @@ def _sources() -> dict[str, str]:
     }
     for problem in PROBLEMS:
         name = f"linear {problem.activation} {problem.weight}"
-        for parallel in (False, True):
-            found[f"{name} {parallel}"] = dense_text(make_plan(problem, target), parallel=parallel)
+        for parallel, decoded in ((False, False), (True, False), (True, True)):
+            text = dense_text(make_plan(problem, target), parallel=parallel, decoded=decoded)
+            found[f"{name} {parallel} {decoded}"] = text
     return found
 
 

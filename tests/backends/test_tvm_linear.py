@@ -479,6 +479,17 @@ def test_many_rows_decode_weights_once(activation: str, transpose: bool, weight:
         assert_close(run(kernel, x[:9]), want[:9], 2e-6)
 
 
+def test_lines_are_asked_for_where_rows_are_many() -> None:
+    """Each that is written, once, for the tile of rows after it; behind the last may lie anything."""
+    problem = LinearProblem("16x0e -> 40x0e")
+    x, made = tensors(problem, 65)
+    kernel = lower(problem, made, schedule=DenseSchedule(serial_work=0))
+    asks = [dense_text(kernel.plan, parallel).count("tirx.prefetch") for parallel in (False, True)]
+    stores = dense_text(kernel.plan, parallel=True).count("    y[")
+    assert asks[0] == 0 and asks[1] == stores
+    assert_close(run(kernel, x), expected(problem, x, made), 1e-6)
+
+
 def test_neighbouring_rows_and_memory_stay_untouched() -> None:
     problem = LinearProblem("7x0e -> 5x0e")
     x, made = tensors(problem, 6)

@@ -28,7 +28,7 @@ from gaq_compile.backends.tvm import launch
 from gaq_compile.backends.tvm.build import host_target
 from gaq_compile.backends.tvm.rows_kernel import lower_rows
 from gaq_compile.backends.tvm.rows_operators import OPERATORS
-from gaq_compile.backends.tvm.rows_plan import UnsupportedRowsError
+from gaq_compile.backends.tvm.rows_plan import UnsupportedRowsError, kept_values, make_plan
 from gaq_compile.capture.graphs import GraphFormat
 from gaq_compile.passes.fuse_rows import fuse_rows
 from gaq_compile.passes.pack_rows import pack_rows
@@ -851,3 +851,33 @@ def test_random_groups(steps: list[tuple[int, int, int]]) -> None:
     results = random.pool[given_values:]
     with suppress(UnsupportedRowsError):  # torch runs it
         _check(random.g, *results, bounds=[(0.0, 2e-5)] * len(results), rows=(0, 1, 17, 100, 2000))
+
+
+def test_a_row_and_a_sum_over_its_parts_share_a_loop() -> None:
+    """128 in a row beside sums over each 32 of them, and a number for each 32: one loop, nothing kept."""
+    g = _Group()
+    x, y, each = g.argument(128), g.argument(128), g.argument(4, 1)
+    product = g(aten.mul.Tensor, x, y)
+    sums = g(aten.sum.dim_IntList, g(aten.view.default, product, [-1, 4, 32]), [-1])
+    spread = g(aten.expand.default, each, [-1, 4, 32])
+    scaled = g(aten.mul.Tensor, x, g(aten.reshape.default, spread, [-1, 128]))
+    fused = g.fused(sums, scaled)
+    plan = make_plan(fused, host_target())
+    assert [stage.shape for stage in plan.stages] == [(4, 32)] and not kept_values(plan)
+    run, _ = lower_rows(fused, host_target())
+    for n in (1, 16, 37):
+        inputs = g.inputs(n)
+        found, expected = run(*inputs), fused(*_double(inputs))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)
+        assert _same(found, run(*inputs))
+
+
+def test_a_sum_over_the_whole_row_keeps_its_loop() -> None:
+    g = _Group()
+    x = g.argument(128)
+    double = g(aten.mul.Tensor, x, x)
+    whole = g(aten.sum.dim_IntList, double, [-1], True)
+    parts = g(aten.sum.dim_IntList, g(aten.view.default, double, [-1, 4, 32]), [-1])
+    plan = make_plan(g.fused(whole, parts), host_target())
+    assert [stage.shape for stage in plan.stages] == [(128,), (4, 32)]

@@ -17,6 +17,7 @@ gaq = torch.ops.gaq
 
 ZEROS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
 LINEARS = (gaq.irreps_linear.default, gaq.int_irreps_linear.default)
+CONVOLUTIONS: dict[object, int] = {gaq.conv.default: 2, gaq.conv_backward.default: 3}  # where the weight is
 # fmt: off
 VIEWS = {
     aten._unsafe_view.default, aten.expand.default, aten.slice.Tensor, aten.squeeze.dim,

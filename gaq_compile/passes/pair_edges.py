@@ -27,7 +27,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..capture.graphs import EDGE_VECTORS
-from .graph_tools import LINEARS, VIEWS, aten, attribute, gaq, is_call
+from .graph_tools import CONVOLUTIONS, LINEARS, VIEWS, aten, attribute, gaq, is_call
 from .indices import GATHERS, gather_index
 from .row_shapes import RowShape
 
@@ -52,7 +52,6 @@ _SLOPES = (aten.silu_backward.default, gaq.gate_backward.default, gaq.mddq_backw
 _FILLS = (aten.ones.default, aten.zeros.default)
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)
 _PRODUCTS = (aten.mul.Tensor, aten.div.Tensor)
-_CONVOLUTIONS = {gaq.conv.default: 2, gaq.conv_backward.default: 3}  # where the weight is
 # fmt: on
 _BONDS = (
     ("bond", "edge", torch.int64),
@@ -312,8 +311,8 @@ class _Pairs:
         Of their gradients, those ``together`` do: others are asked for every edge's.
         """
         for user in (u for u in users if u.target is gaq.conv.default or u in together):
-            if user.args[_CONVOLUTIONS[user.target]] is node:
-                user.update_arg(_CONVOLUTIONS[user.target], self.half(node))
+            if user.args[CONVOLUTIONS[user.target]] is node:
+                user.update_arg(CONVOLUTIONS[user.target], self.half(node))
         others = [u for u in users if node in u.all_input_nodes]
         if others:
             whole = self._gather(self.half(node), "bond", node)

@@ -23,12 +23,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..ir.specs import GRADIENT_EXPONENT, in_half, linear_spec
-from .graph_tools import calls, gaq, is_call
+from .graph_tools import CONVOLUTIONS, calls, gaq, is_call
 from .row_shapes import RowShape
 
 _DEEPEST = 512  # channels of an input block: a kernel adds the parts of longer sums up in its result
 _SPEC = 5  # the argument of an integer linear
-_CONVOLUTIONS = {gaq.conv.default: 2, gaq.conv_backward.default: 3}  # where the weight is
 
 
 def store_halves(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
@@ -50,7 +49,7 @@ def store_halves(gm: GraphModule, shapes: dict[Node, RowShape]) -> None:
             continue
         product = rounded.args[0]
         for user in tuple(rounded.users):
-            user.update_arg(4 + (user.target is gaq.conv_backward.default), in_half(str(user.args[-2])))
+            user.update_arg(CONVOLUTIONS[user.target] + 2, in_half(str(user.args[-2])))
         linears = {product, *(reader for g in gradients for reader in g.users)}
         for linear in linears:
             linear.update_arg(_SPEC, in_half(str(linear.args[_SPEC])))  # type: ignore[union-attr]
@@ -65,7 +64,7 @@ def _gradients(rounded: Node) -> list[Node] | None:
     """The roundings of the gradients of radial weights; None where these are not convolutions' alone."""
     found: list[Node] = []
     for user in rounded.users:
-        place = _CONVOLUTIONS.get(user.target)  # type: ignore[call-overload]
+        place = CONVOLUTIONS.get(user.target)  # type: ignore[call-overload]
         if place is None or user.all_input_nodes.count(rounded) != 1 or user.args[place] is not rounded:
             return None
         parts = user.users if user.target is gaq.conv_backward.default else ()

@@ -40,7 +40,7 @@ from ...ir.specs import GRADIENT_EXPONENT, TensorProductPath
 from .build import compile_kernel
 from .conv_schedule import DEFAULT, ConvSchedule, conv_schedule_from
 from .conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_problem, conv_width, weight_row
-from .database import BUCKETS, bucket, threads, tuned
+from .database import by_bucket, threads, tuned
 from .emit import (
     block_lanes,
     kernel_text,
@@ -56,6 +56,7 @@ from .emit import (
 )
 from .launch import Choice, Input, Launch, Output, Part
 
+_SUMS = 12  # registers of sums, where no schedule says how many: more of them spill what a path needs besides
 _AHEAD = 2  # edges between asking for what the backward kernel reads and using it
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -122,10 +123,7 @@ def _kernels(
     """``edges -> kernel``: the default's, or the one that is tuned for so many edges."""
     lanes = vector_lanes(target)
     stored = tuned(family, {"spec": spec}, target, threads(), conv_schedule_from)
-    schedules = {rows: stored.get(rows, DEFAULT) for rows in BUCKETS}
-    made = {s: Choice(compile_kernel(source(spec, lanes, s), target)) for s in schedules.values()}
-    choices = {rows: made[schedule] for rows, schedule in schedules.items()}
-    return lambda edges: choices[bucket(edges)]
+    return by_bucket(stored, DEFAULT, lambda s: Choice(compile_kernel(source(spec, lanes, s), target)))
 
 
 @lru_cache(maxsize=256)
@@ -139,7 +137,7 @@ def forward_source(spec: str, lanes: int, schedule: ConvSchedule = DEFAULT) -> s
     """
     problem = conv_problem(spec)
     inner: list[str] = []
-    for group in _accumulator_groups(problem, schedule.sums or 12):
+    for group in _accumulator_groups(problem, schedule.sums or _SUMS):
         inner += _forward_group(group, lanes, schedule)
     sides = _Sides("senders", "out", conv_width(problem, "out"))
     body = _per_node(problem, lanes, sides, inner, schedule.chunk)

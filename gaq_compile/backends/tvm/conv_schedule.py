@@ -15,7 +15,7 @@ class ConvSchedule:
 
     Attributes:
         chunk: edges of one node that are handled together, a multiple of 16.
-        sums: vector registers of sums that the forward kernel holds at a time; 0 for the target's.
+        sums: vector registers of sums that the forward kernel holds at a time; 0 for the usual number.
         prefetch: the cache that the next chunk's weights are fetched into: 1 or 2; 0 for none.
     """
 

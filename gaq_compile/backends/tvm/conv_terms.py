@@ -125,8 +125,9 @@ def _path_terms(path: TensorProductPath, known: dict[Form, int]) -> PathTerms:
     triples: list[Triple] = []
     forms: dict[tuple[int, int], list[tuple[int, float]]] = {}
     for m1, m2, m3 in constants.nonzero().tolist():
-        value = float(f"{float(constants[m1, m2, m3]) * path.coefficient:.{_DIGITS}g}")
-        if abs(float(constants[m1, m2, m3])) > _NONE:
+        constant = float(constants[m1, m2, m3])
+        if abs(constant) > _NONE:
+            value = float(f"{constant * path.coefficient:.{_DIGITS}g}")
             triple = Triple(m1, sh.base + m2 * sh.stride, m3, value)
             triples.append(triple)
             forms.setdefault((m1, m3), []).append((triple.column, value))

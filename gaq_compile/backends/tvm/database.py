@@ -41,11 +41,21 @@ _FIGURES = ("seconds", "default_seconds", "wins", "floor")
 
 Record = dict[str, Any]
 Schedule = TypeVar("Schedule")
+Made = TypeVar("Made")
 
 
 def bucket(rows: int) -> int:
     """The bucket nearest to ``rows`` on a logarithmic scale."""
     return min(BUCKETS, key=lambda b: abs(math.log(b / max(rows, 1))))
+
+
+def by_bucket(
+    stored: Mapping[int, Schedule], default: Schedule, make: Callable[[Schedule], Made]
+) -> Callable[[int], Made]:
+    """``rows -> kernel``, each made once and now: what is stored for so many rows, or the default."""
+    schedules = {size: stored.get(size, default) for size in BUCKETS}
+    made = {schedule: make(schedule) for schedule in set(schedules.values())}
+    return lambda rows: made[schedules[bucket(rows)]]
 
 
 def threads() -> int:

@@ -242,16 +242,11 @@ def _convert(plan: DensePlan, frame: Frame, o: Operand) -> list[str]:
     name = f"seen{o.slot}"
     watch = vector(name, "0", lanes)
     lines.append(f"{watch} = {' + '.join([watch, *bad])}")
-    halves, half = [], lanes // 2
-    while half:
-        low, high = vector(name, "0", half), vector(name, str(half), half)
-        halves.append(f"{low} = {low} + {high}")
-        half //= 2
     return [
         f'{name} = T.alloc_buffer(({lanes},), "float32", scope="global")',
         f"{watch} = {zero}",
         *loop(f"i in T.serial({-(-mul // lanes)})", lines),
-        *halves,
+        *_halved(name, lanes, "{} + {}"),
         f"nan[r * {plan.watched} + {o.slot}] = {name}[0]",
     ]
 
@@ -292,18 +287,23 @@ def _gradient(plan: DensePlan, frame: Frame, o: Operand) -> list[str]:
     return lines + loop(header, load + stores)
 
 
+def _halved(name: str, lanes: int, join: str) -> list[str]:
+    """Statements that join all lanes of a vector in its first: in halves, a fixed order."""
+    lines, half = [], lanes // 2
+    while half:
+        low, high = vector(name, "0", half), vector(name, str(half), half)
+        lines.append(f"{low} = {join.format(low, high)}")
+        half //= 2
+    return lines
+
+
 def _step(plan: DensePlan, frame: Frame, o: Operand, c: int, lanes: int) -> list[str]:
     """A component's step, kept for the row's products, and what its values are multiplied by."""
     k = o.step + c
-    lines, half = [], lanes // 2
-    while half:
-        low, high = vector(f"top{k}", "0", half), vector(f"top{k}", str(half), half)
-        lines.append(f"{low} = T.max({low}, {high})")
-        half //= 2
     zero, small = literal(0.0), literal(SMALLEST)
     finite = f"T.Select(m{k} <= {literal(_FLOAT_MAX)}, m{k} * {literal(1.0 / LARGEST)}, T.float32('nan'))"
     return [
-        *lines,
+        *_halved(f"top{k}", lanes, "T.max({}, {})"),
         f'm{k}: T.let = T.reinterpret(top{k}[0], dtype="float32")',
         f"gs[r * {plan.dynamic} + {k}] = T.Select(m{k} < {small}, {zero}, {finite})",
         f"inv{k}: T.let = T.Select(m{k} < {small}, {zero}, {literal(float(LARGEST))} / m{k})",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .emit import literal, loop, splat
+from .emit import literal, loop, many, splat
 from .schedule import integers_from
 
 LANES = 16  # channels handled at once; LLVM splits them on targets with narrower registers
@@ -199,7 +199,7 @@ class Emitter:
         return self.let(f'{mantissa} * T.reinterpret("{self._type("float32")}", {exponent})')
 
     def _type(self, scalar: str) -> str:
-        return scalar if self.lanes == 1 else f"{scalar}x{self.lanes}"
+        return many(scalar, self.lanes)
 
     def _int(self, value: int) -> str:
         return splat(f"T.int32({value})", self.lanes)

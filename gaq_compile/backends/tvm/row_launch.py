@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .build import compile_kernel
-from .database import BUCKETS, bucket, problem_text, threads, tuned
+from .database import by_bucket, problem_text, threads, tuned
 from .launch import Choice, Launch, Part
 from .row_kernel import UNTUNED, RowSchedule, row_schedule_from
 
@@ -29,7 +29,5 @@ def row_launch(
         LoweringError: if TVM rejects the kernel.
     """
     stored = tuned(family, problem, target, threads(), row_schedule_from)
-    schedules = {rows: stored.get(rows, UNTUNED) for rows in BUCKETS}
-    made = {s: Choice(compile_kernel(source(s), target)) for s in schedules.values()}
-    choices = {rows: made[schedule] for rows, schedule in schedules.items()}
-    return Launch(parts, lambda rows: choices[bucket(rows)], tuning=(family, problem_text(problem)))
+    choose = by_bucket(stored, UNTUNED, lambda schedule: Choice(compile_kernel(source(schedule), target)))
+    return Launch(parts, choose, tuning=(family, problem_text(problem)))

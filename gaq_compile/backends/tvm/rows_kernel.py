@@ -20,7 +20,7 @@ from torch import Tensor
 from ...passes.row_groups import FusedRows
 from .build import compile_kernel
 from .dense_kernel import Frame, arguments, declared, task_lines, tile_buffers
-from .emit import block_lanes, kernel_text, literal, loop, splat
+from .emit import block_lanes, kernel_text, literal, loop, many, splat
 from .launch import Input, Launch, Output, always, most_rows, refuse
 from .linear import LinearKernel
 from .row_kernel import LANES, UNTUNED, Emitter, row_loop
@@ -259,12 +259,12 @@ class _Writer:
         return f'T.Cast("int32", {index}[{self._row(row)}])'
 
     def _float(self, buffer: str, text: str, lanes: int) -> str:
-        kind = "float32" if lanes == 1 else f"float32x{lanes}"
+        kind = many("float32", lanes)
         flag = self.dtypes.get(buffer.removesuffix("f")) is torch.bool
         return f'T.Cast("{kind}", {text})' if flag else text
 
     def _stored(self, buffer: str, text: str, lanes: int) -> str:
-        kind = "int8" if lanes == 1 else f"int8x{lanes}"
+        kind = many("int8", lanes)
         flag = self.dtypes.get(buffer.removesuffix("f")) is torch.bool
         return f'T.Cast("{kind}", {text})' if flag else text
 

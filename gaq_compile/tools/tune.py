@@ -47,7 +47,6 @@ from ..backends.tvm.tune_search import Outcome, Progress, search
 from ..backends.tvm.tune_space import FAMILIES
 from ..capture.graphs import collate
 from ..errors import ConfigError, LoweringError, RemoteError
-from ..operators.registration import ops
 from ..passes.lower import KernelCall
 from ..potential import Potential
 
@@ -57,7 +56,6 @@ _SIZES = {"nodes": (512, 64), "edges": (6048, 512), "bonds": (3024, 256)}
 """Rows in a large and in a small structure."""
 _LABEL = 28  # characters of a module's name that a table shows
 _PROBED = {4: "nodes", 6: "bonds", 12: "edges"}  # what so many rows of the probe are
-_CONVOLUTIONS = {ops.conv.default: "conv", ops.conv_backward.default: "conv_backward"}
 
 
 @dataclass(frozen=True)
@@ -341,18 +339,18 @@ class _Rows(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        known = _known(module.run) if isinstance(module, KernelCall) else ()
-        if known:
-            (x, *_), _ = self.fetch_args_kwargs_from_env(n)
-            self.found.append((*known, int(x.shape[0]), str(n.meta.get("label", n.name))))
+        if known := _known(module.run) if isinstance(module, KernelCall) else None:
+            arguments, _ = self.fetch_args_kwargs_from_env(n)
+            family, problem, counted = known
+            self.found.append((family, problem, len(arguments[counted]), str(n.meta.get("label", n.name))))
         return super().run_node(n)
 
 
-def _known(kernel: object) -> tuple[str, str] | tuple[()]:
-    """Family and problem by which the database knows a kernel that is called with rows first."""
+def _known(kernel: object) -> tuple[str, str, int] | None:
+    """Family and problem by which the database knows a kernel, and the place of what has its rows."""
     if isinstance(kernel, LinearKernel):
-        return "linear", problem_text(asdict(kernel.plan.problem))
-    return kernel.tuning if isinstance(kernel, Launch) else ()
+        return "linear", problem_text(asdict(kernel.plan.problem)), 0
+    return (*kernel.tuning, kernel.counted) if isinstance(kernel, Launch) and kernel.tuning else None
 
 
 def _kernels(potential: Potential) -> Iterator[tuple[str, str, str, str]]:
@@ -363,10 +361,6 @@ def _kernels(potential: Potential) -> Iterator[tuple[str, str, str, str]]:
     for family, problem, rows, label in runner.found:
         if rows != 1:  # the graph's own sums are no work
             yield family, problem, _PROBED.get(rows, "edges"), label
-    for node in potential.graphs["fold_integers"].graph.nodes:
-        if node.target in _CONVOLUTIONS:
-            problem = problem_text({"spec": str(node.args[-2])})
-            yield _CONVOLUTIONS[node.target], problem, "edges", str(node.args[-1])
 
 
 def _probe(potential: Potential) -> Any:

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.fx import Graph, GraphModule
 
 from gaq_compile.backends.tvm import build, database, tune_search
 from gaq_compile.backends.tvm.backend import cpu_kernels
 from gaq_compile.backends.tvm.build import compile_kernel, host_target
-from gaq_compile.backends.tvm.conv import conv_forward
+from gaq_compile.backends.tvm.conv import conv_backward, conv_forward
 from gaq_compile.backends.tvm.conv_schedule import ConvSchedule
 from gaq_compile.backends.tvm.database import KernelKey, bucket, problem_text
 from gaq_compile.backends.tvm.gate_kernel import lower_gate
@@ -26,7 +27,9 @@ from gaq_compile.backends.tvm.row_kernel import RowSchedule
 from gaq_compile.backends.tvm.tune_measure import Built, Timing, Workers
 from gaq_compile.backends.tvm.tune_space import FAMILIES, candidate, choices
 from gaq_compile.errors import ConfigError
-from gaq_compile.ir.layout import channels
+from gaq_compile.ir.layout import channels, dim
+from gaq_compile.ir.specs import in_half, tensor_product_spec
+from gaq_compile.passes.lower import KernelCall
 from gaq_compile.tools import tune
 
 PROBLEM = LinearProblem("16x0e+8x1e -> 32x0e+16x1e", "s8 m8d8", "s8")
@@ -382,6 +385,23 @@ def test_tuning_end_to_end_and_a_second_run_measures_nothing(workers: Workers) -
     assert second == replace(first, fresh=0)
     assert "nothing was measured anew: all 2" in console.export_text()
     assert database.choice(key, database.threads()) is not None
+
+
+def test_convolutions_are_known_as_they_run_and_counted_by_edges() -> None:
+    """Here with weights in half precision, which a pass after all others decides."""
+    spec, names = in_half(CONV), ("grad", "x", "sh", "weight", "edges")
+    known = tensor_product_spec(spec)
+    x, grad = torch.randn(4, dim(known.irreps_x)), torch.randn(4, dim(known.irreps_out))
+    sh, weight = torch.randn(2, dim(known.irreps_sh)), torch.randn(2, known.weight_numel).half()
+    edges = [torch.tensor(v, dtype=torch.int32) for v in ([1, 0], [0, 1], [0, 1, 2, 2, 2], [0, 1])]
+    graph = Graph()
+    given = [graph.placeholder(name) for name in names]
+    graph.output([graph.call_module("there", tuple(given[1:])), graph.call_module("back", tuple(given))])
+    calls = {"there": conv_forward(spec, host_target()), "back": conv_backward(spec, host_target())}
+    noted = tune._Rows(GraphModule({k: KernelCall(v, k) for k, v in calls.items()}, graph))
+    noted.run(grad, x, sh, weight, [*edges, *edges[2:]])
+    problem = problem_text({"spec": spec})
+    assert noted.found == [("conv", problem, 2, "there"), ("conv_backward", problem, 2, "back")]
 
 
 def test_unknown_kernels_are_named() -> None:

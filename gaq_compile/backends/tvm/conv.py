@@ -40,7 +40,7 @@ from ...ir.specs import GRADIENT_EXPONENT, TensorProductPath
 from .build import compile_kernel
 from .conv_schedule import DEFAULT, ConvSchedule, conv_schedule_from
 from .conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_problem, conv_width, weight_row
-from .database import by_bucket, threads, tuned
+from .database import by_bucket, problem_text, threads, tuned
 from .emit import (
     block_lanes,
     kernel_text,
@@ -88,7 +88,8 @@ def conv_forward(spec: str, target: str) -> Launch:
         return x.new_zeros((x.shape[0], *widths[3]))
 
     parts: tuple[Part, ...] = (*tensors, *edges, Output(0, widths[3]))
-    return Launch(parts, _kernels("conv", forward_source, spec, target), counted=1, empty=nothing)
+    kernels, known = _kernels("conv", forward_source, spec, target)
+    return Launch(parts, kernels, counted=1, empty=nothing, tuning=known)
 
 
 def conv_backward(spec: str, target: str) -> Launch:
@@ -109,8 +110,9 @@ def conv_backward(spec: str, target: str) -> Launch:
     ) -> Gradients:
         return torch.zeros_like(x), torch.zeros_like(sh), torch.zeros_like(weight)
 
-    kernels = _kernels("conv_backward", backward_source, spec, target)
-    return Launch((*tensors, *edges, *made), kernels, counted=2, several=True, empty=nothing)
+    kernels, known = _kernels("conv_backward", backward_source, spec, target)
+    parts: tuple[Part, ...] = (*tensors, *edges, *made)
+    return Launch(parts, kernels, counted=2, several=True, empty=nothing, tuning=known)
 
 
 def _weight_type(problem: Problem) -> torch.dtype:
@@ -119,11 +121,12 @@ def _weight_type(problem: Problem) -> torch.dtype:
 
 def _kernels(
     family: str, source: Callable[[str, int, ConvSchedule], str], spec: str, target: str
-) -> Callable[[int], Choice]:
-    """``edges -> kernel``: the default's, or the one that is tuned for so many edges."""
-    lanes = vector_lanes(target)
-    stored = tuned(family, {"spec": spec}, target, threads(), conv_schedule_from)
-    return by_bucket(stored, DEFAULT, lambda s: Choice(compile_kernel(source(spec, lanes, s), target)))
+) -> tuple[Callable[[int], Choice], tuple[str, str]]:
+    """``edges -> kernel``: the default's, or the one tuned for so many; and what tuning knows it by."""
+    lanes, problem = vector_lanes(target), {"spec": spec}
+    stored = tuned(family, problem, target, threads(), conv_schedule_from)
+    kernels = by_bucket(stored, DEFAULT, lambda s: Choice(compile_kernel(source(spec, lanes, s), target)))
+    return kernels, (family, problem_text(problem))
 
 
 @lru_cache(maxsize=256)

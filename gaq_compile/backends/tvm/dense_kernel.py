@@ -17,7 +17,7 @@ processor that is asked early does so while it multiplies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...config import ActivationScheme, activation_scheme
@@ -61,7 +61,8 @@ def dense_text(plan: DensePlan, parallel: bool, decoded: bool = False) -> str:
     """The TVMScript module of a plan, for few rows or in parallel, and there with decoded weights (Frame).
 
     ``main(x, y, weight, [scale], [sums], [steps], [fine], [bias], task)``: x (N, dim_in) and y (N, dim_out),
-    float32 or float16, the packed constants, and ``task``, the rows per task (at most the schedule's).
+    float32 or float16, the packed constants, and ``task``, the rows per task (at most the schedule's), or
+    with decoded weights the rows per thread.
     """
     names = arguments(plan)
     half = plan.problem.half_in
@@ -76,14 +77,16 @@ def dense_text(plan: DensePlan, parallel: bool, decoded: bool = False) -> str:
         last="m - 1 - n0",
         prefix="",
         task_rows=plan.schedule.task_rows,
-        asks=parallel,
+        asks=True,
         decoded=decoded,
     )
-    setup = ["n0: T.let = t * task", "rows: T.let = T.min(task, m - n0)"]
-    body = [*setup, *declared(tile_buffers(plan, frame.task_rows, decoded)), *task_lines(plan, frame)]
+    body = [*declared(tile_buffers(plan, frame.task_rows, decoded)), *task_lines(plan, frame)]
     kind = "parallel" if parallel else "serial"
-    lines = _decoding(plan, frame) if decoded else []
-    lines += loop(f"t in T.{kind}((m + task - 1) // task)", body)
+    if decoded:
+        part = _decoded_part(plan, frame, body)
+    else:
+        part = ["n0: T.let = t * task", "rows: T.let = T.min(task, m - n0)", *body]
+    lines = loop(f"t in T.{kind}((m + task - 1) // task)", part)
     shapes = {"x": f"(m, {plan.dim_in})", "y": f"(m, {plan.dim_out})"}
     preamble = ["m = T.int32()"]
     for name, dtype in names.items():
@@ -147,6 +150,19 @@ def declared(buffers: Mapping[str, tuple[int, str]]) -> list[str]:
 
 
 # Weights ---------------------------------------------------------------------------------------
+
+
+def _decoded_part(plan: DensePlan, frame: Frame, task: Sequence[str]) -> list[str]:
+    """A thread's rows: weights are decoded for all of them, then come its tasks, which are as long as can be.
+
+    Each thread has floats of its own: to get another's from its cache costs more than to decode them.
+    """
+    rows = plan.schedule.task_rows
+    sizes = ["part: T.let = T.min(task, m - t * task)", f"tasks: T.let = (part + {rows - 1}) // {rows}"]
+    sizes.append("each: T.let = (part + tasks - 1) // tasks")
+    setup = ["n0: T.let = t * task + u * each", "rows: T.let = T.min(each, part - u * each)"]
+    tasks = loop("u in T.serial((part + each - 1) // each)", [*setup, *task])
+    return [*_decoding(plan, frame), *sizes, *tasks]
 
 
 def _decoding(plan: DensePlan, frame: Frame) -> list[str]:

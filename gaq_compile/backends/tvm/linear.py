@@ -5,9 +5,9 @@ activation scheme is an integer one, the kernel quantizes a tile of rows into a 
 and multiplies integers (``s8 x s8`` or ``s16 x s8`` into s32): nothing of integer size crosses
 memory between kernels. A gradient (``transpose``) is quantized to 16 bits with a step per row
 (``"g16"``), or multiplies floats with the integer weights, decoded in registers, or for many rows
-once for each call, into memory that all kernels share; no float copy of them is kept. Where nothing
-else is asked for, a kernel runs with the schedules that tuning has stored for it (``database``), one
-for each bucket of rows.
+once for each call and thread, into memory that all kernels share; no float copy of them is kept.
+Where nothing else is asked for, a kernel runs with the schedules that tuning has stored for it
+(``database``), one for each bucket of rows.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ __all__ = [
     "packed",
 ]
 
-DECODED_ROWS = 64
-"""Rows from which a float copy of the weights pays, made anew in each call (8 bits: from 40, 4: from 20)."""
+DECODED_ROWS = 128
+"""Rows from which a float copy of the weights pays, which each thread makes anew in each call: 8 bits from
+40 on one thread, from 100 on two. Threads are not asked for, so that they do not change results."""
 
 _DTYPES = {"f32": torch.float32, "s16": torch.int16, "s8": torch.int8, "s4": torch.int8}
 
@@ -205,16 +206,18 @@ def lower_linear(
 
 
 def launch(plan: DensePlan, rows: int, threads: int) -> tuple[bool, int]:
-    """How a kernel runs on so many rows: whether in parallel, and with how many rows a task."""
+    """How a kernel runs on so many rows: whether in parallel, and its argument ``task``."""
     schedule = plan.schedule
     if rows * plan.work_per_row <= schedule.serial_work:
         return False, schedule.task_rows
+    if decodes(plan, rows):
+        return True, -(-rows // threads)
     tasks = padded(-(-rows // schedule.task_rows), threads)  # as many on every thread
     return True, -(-rows // tasks)
 
 
 def decodes(plan: DensePlan, rows: int) -> bool:
-    """Whether a kernel in parallel decodes weights once for all rows, not for every register tile."""
+    """Whether a kernel in parallel decodes weights once for a thread's rows, not for every register tile."""
     return rows >= DECODED_ROWS and any(plan.decodes(p) for p in plan.products)
 
 

@@ -10,7 +10,8 @@ several noisy ones. A schedule that this comparison does not confirm counts as t
 ``--ship`` writes the confirmed choices into the package, for the family of this machine's processor; run it
 with ``TVM_NUM_THREADS=1`` for choices that hold on machines with more (what depends on threads is not asked
 then). The search's database is the user's (``$GAQ_CACHE_DIR``): what it holds is not measured again, so give
-it a fresh one where everything shall be.
+it a fresh one where everything shall be. Figures add up: those of kernels that were not measured now stay in
+the JSON.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from gaq_compile.tools.tune import GRANT, GetWorkers, KernelTask, kernel_tasks, 
 NEAR = 0.9
 """A default whose limit is at least this share of its time has nothing that tuning could find."""
 _SLACK = 1.25  # beyond: a cache faster than its size says explains a little, a busy machine the rest
+_THEN = " ; "  # between the commands of a result that several made
 _BYTES = {"f32": 4.0, "s16": 2.0, "s8": 1.0, "s4": 0.5}
 
 Rows = list[dict[str, Any]]
@@ -90,9 +92,10 @@ def main() -> int:
         "families": summaries(kernels),
         "kernels": kernels,
     }
-    console.print(table(result))
     if options.json:
+        result = joined(result, options.json)
         write(result, options.json)
+    console.print(table(result))
     if options.page:
         options.page.write_text(filled(options.page.read_text(), result))
     if options.ship:
@@ -109,6 +112,7 @@ def potential(model: str, scheme: str, folder: Path | None) -> Potential:
         return load(path)
     made = quantize(model, example_structures("azobenzene")[0], scheme, measure=False)
     if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
         made.save(path)
     return made
 
@@ -184,6 +188,17 @@ def work(key: KernelKey) -> tuple[dict[str, float], float, float]:
         return {"f32": float(key.rows * product_operations(problem["spec"]))}, x + edges, out
     operations = {"f32": float(key.rows * product_gradient_operations(problem["spec"]))}
     return operations, x + out + edges, x + edges
+
+
+def joined(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A result with the kernels of an earlier one on this processor and as many threads that it lacks."""
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    if any(earlier.get(name) != result[name] for name in ("processor", "target", "threads")):
+        return result
+    measured = [_identity(k) for k in result["kernels"]]
+    kernels = [k for k in earlier["kernels"] if _identity(k) not in measured] + result["kernels"]
+    commands = dict.fromkeys([*earlier["command"].split(_THEN), result["command"]])
+    return result | {"command": _THEN.join(commands), "families": summaries(kernels), "kernels": kernels}
 
 
 def summaries(kernels: Rows) -> Rows:

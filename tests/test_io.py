@@ -241,6 +241,12 @@ def test_missing_file(tmp_path):
     assert "no such file" in _refused(tmp_path / "nowhere.gaq")
 
 
+def test_saving_into_a_missing_folder(potential, tmp_path):
+    with pytest.raises(FileFormatError, match="no such folder") as error:
+        potential.save(tmp_path / "missing" / "tiny.gaq")
+    assert str(tmp_path / "missing") in str(error.value)
+
+
 def test_foreign_safetensors(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"w": torch.ones(3)}, path)

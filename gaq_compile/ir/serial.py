@@ -40,7 +40,13 @@ _META = ("irreps", "bits", "label")
 
 
 def write_file(path: Path, magic: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a file whole or not at all; the header gets its checksum here."""
+    """Write a file whole or not at all; the header gets its checksum here.
+
+    Raises:
+        FileFormatError: if its folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise FileFormatError("no such folder", where=str(path.parent), fix="create it before saving")
     sealed = {**header, "checksum": checksum(tensors, header)}
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as scratch:
         pass

@@ -24,7 +24,7 @@ def kernel(ratio: float, rows: int = 64, confirmed: bool = True, **more: Any) ->
 
 def result(*kernels: dict[str, Any]) -> dict[str, Any]:
     families = tuning.summaries(list(kernels))
-    where = {"processor": "a CPU", "threads": 1, "command": "python it"}
+    where = {"processor": "a CPU", "threads": 1, "target": {}, "command": "python it"}
     return {"families": families, "kernels": list(kernels), **where}
 
 
@@ -39,6 +39,20 @@ def test_the_table_says_what_was_won_and_how() -> None:
     text = tuning.table(result(kernel(1.25)))
     assert "| linear | 64 | 1 | 1 | 1.25 | 1.25 | 50 % | 0 of 1 |" in text
     assert "a CPU, 1 thread: `python it`" in text
+
+
+def test_results_add_up_on_one_machine(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.json"
+    first = result(kernel(1.5), kernel(1.2, 512))
+    assert tuning.joined(first, path) == first
+    path.write_text(json.dumps(first))
+    second = result(kernel(1.1, 512)) | {"command": "python again"}
+    both = tuning.joined(second, path)
+    assert both == result(kernel(1.5), kernel(1.1, 512)) | {"command": "python it ; python again"}
+    path.write_text(json.dumps(both))
+    assert tuning.joined(second, path) == both
+    elsewhere = second | {"threads": 2}
+    assert tuning.joined(elsewhere, path) == elsewhere
 
 
 def test_limits_that_kernels_beat_are_not_shown() -> None:

@@ -1,9 +1,10 @@
 """The text of a linear kernel: one loop over tasks of rows, each a prologue and register tiles.
 
-    where rows are many: integer weights that meet floats become floats, once for all of them
+    where rows are many: integer weights that meet floats become floats, once for each thread
+        (:mod:`.dense_weights`)
     for each task of rows (in parallel):
-        prologue: the task's rows of x become integers (or scaled floats) in a tile buffer; a
-            gradient's integers get a step per row
+        prologue: the task's rows of x become integers (or scaled floats) in a tile buffer
+            (:mod:`.dense_prologue`)
         for each product, column tile, component, register tile of rows:
             accumulators = 0 (or minus the unsigned offset's share)
             ask for the cache lines that the next register tile writes
@@ -17,44 +18,16 @@ processor that is asked early does so while it multiplies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...config import ActivationScheme, activation_scheme
-from ...numerics.gradients import LARGEST, SMALLEST
 from .build import module_text
-from .dense_plan import WEIGHED, ColumnTiles, DensePlan, Operand, Product, groups
+from .dense_frame import Frame, declared, first_column, group_steps, in_x, tile, tile_buffers
+from .dense_plan import WEIGHED, ColumnTiles, DensePlan, Product, groups
+from .dense_prologue import prologue
+from .dense_weights import decode, decoded_part, nibble
 from .emit import ask_to_write, literal, loop, many, splat, vector
 
-_BUFFERS = {"float32": "qf", "int16": "q16", "int8": "q8", "uint8": "q8"}
-_FLOAT_MAX = (2.0 - 2.0**-23) * 2.0**127
 _WEIGHTS = {"f32": "float32", "s16": "int16", "s8": "int8", "s4": "uint8"}
-
-
-Place = Callable[[str, str, int], str]  # row of the task, first column, how many -> their text
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What a linear's text stands in.
-
-    Attributes:
-        x, y: the places of input and output elements.
-        last: the last row of the task that may be read.
-        prefix: begins the names of constants, where there are several linears.
-        task_rows: the most rows of a task.
-        asks: whether y's cache lines are asked for before they are written.
-        decoded: whether weights that meet floats are floats, times their scales, before the first task
-            (:func:`_decoding`); elsewhere sums or operands are scaled, so that last bits may differ.
-    """
-
-    x: Place
-    y: Place
-    last: str
-    prefix: str
-    task_rows: int
-    asks: bool = False
-    decoded: bool = False
 
 
 def dense_text(plan: DensePlan, parallel: bool, decoded: bool = False) -> str:
@@ -83,7 +56,7 @@ def dense_text(plan: DensePlan, parallel: bool, decoded: bool = False) -> str:
     body = [*declared(tile_buffers(plan, frame.task_rows, decoded)), *task_lines(plan, frame)]
     kind = "parallel" if parallel else "serial"
     if decoded:
-        part = _decoded_part(plan, frame, body)
+        part = decoded_part(plan, frame, body)
     else:
         part = ["n0: T.let = t * task", "rows: T.let = T.min(task, m - n0)", *body]
     lines = loop(f"t in T.{kind}((m + task - 1) // task)", part)
@@ -99,7 +72,7 @@ def dense_text(plan: DensePlan, parallel: bool, decoded: bool = False) -> str:
 
 def task_lines(plan: DensePlan, frame: Frame) -> list[str]:
     """The product for a task of ``rows`` rows, which must be a name of the text around it."""
-    body = _prologue(plan, frame)
+    body = prologue(plan, frame)
     for product in plan.products:
         for tiles in product.tiles:
             body += _sweep(plan, frame, product, tiles)
@@ -128,263 +101,6 @@ def sizes(plan: DensePlan) -> dict[str, int]:
     return plan.sizes | {"steps": steps, "fine": steps if scheme is not None and scheme.common else 0}
 
 
-def tile_buffers(plan: DensePlan, task_rows: int, decoded: bool = False) -> dict[str, tuple[int, str]]:
-    """The tile buffers: elements and dtype by name; a register tile may read rows beyond the task's.
-
-    They mean nothing after a task, so that linears which follow each other can share them. Where weights are
-    ``decoded``, no operand is scaled.
-    """
-    rows = task_rows + max(plan.schedule.rows)
-    kept = [dtype for dtype in _BUFFERS if plan.row_size(dtype) and not (decoded and plan.scaled)]
-    rows_of = {_BUFFERS[dtype]: (plan.row_size(dtype), dtype) for dtype in kept}
-    rows_of |= {"nan": (plan.watched, "float32"), "gs": (plan.dynamic, "float32")}
-    return {name: (rows * size, dtype) for name, (size, dtype) in rows_of.items() if size}
-
-
-def declared(buffers: Mapping[str, tuple[int, str]]) -> list[str]:
-    """The declarations of tile buffers."""
-    return [
-        f'{name} = T.alloc_buffer(({size},), "{dtype}", scope="global")'
-        for name, (size, dtype) in buffers.items()
-    ]
-
-
-# Weights ---------------------------------------------------------------------------------------
-
-
-def _decoded_part(plan: DensePlan, frame: Frame, task: Sequence[str]) -> list[str]:
-    """A thread's rows: weights are decoded for all of them, then come its tasks, which are as long as can be.
-
-    Each thread has floats of its own: to get another's from its cache costs more than to decode them.
-    """
-    rows = plan.schedule.task_rows
-    sizes = ["part: T.let = T.min(task, m - t * task)", f"tasks: T.let = (part + {rows - 1}) // {rows}"]
-    sizes.append("each: T.let = (part + tasks - 1) // tasks")
-    setup = ["n0: T.let = t * task + u * each", "rows: T.let = T.min(each, part - u * each)"]
-    tasks = loop("u in T.serial((part + each - 1) // each)", [*setup, *task])
-    return [*_decoding(plan, frame), *sizes, *tasks]
-
-
-def _decoding(plan: DensePlan, frame: Frame) -> list[str]:
-    """A buffer of the integer weights that meet floats, as scaled floats, and the loops that fill it.
-
-    Integers that meet integers stay packed: their decoding costs little or nothing.
-    """
-    lines = []
-    for p in plan.products:
-        if plan.decodes(p):
-            for tiles in p.tiles:
-                lines += _decode_tiles(plan, frame, p, tiles)
-    size = _halves(plan) * plan.sizes["weight"]
-    buffer = f'{frame.prefix}wf = T.alloc_buffer(({size},), "float32", scope="global")'
-    return [buffer, *lines] if lines else []
-
-
-def _decode_tiles(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles) -> list[str]:
-    """One product's column tiles of one width, a stored group at a time, in the order of the packed ones."""
-    lanes, halves, operand = plan.unit.lanes, _halves(plan), plan.operands[p.operand]
-    stored = groups(plan, operand.kind, p.depth)
-    row = tiles.vectors * lanes
-    base = p.weight + tiles.start * lanes * stored
-    lines = []
-    for v in range(tiles.vectors):
-        raw = vector(f"{frame.prefix}weight", f"{base} + (j * {stored} + g) * {row} + {v * lanes}", lanes)
-        codes = [raw]
-        if halves == 2:
-            lines.append(f"b{v}: T.let = {raw}")
-            codes = [_nibble(f"b{v}", half, lanes) for half in range(halves)]
-        for half, code in enumerate(codes):
-            k = f"(g * {halves} + {half})"
-            place = f"{halves * base} + (j * {halves * stored} + {k}) * {row} + {v * lanes}"
-            value = _decode(plan, operand, code)
-            if operand.rule == "scaled":
-                value += f" * {splat(f'{frame.prefix}scale[{operand.index + p.first} + {k}]', lanes)}"
-            column = f"{p.scale + tiles.start * lanes} + {_column(tiles, v, lanes)}"
-            value += f" * {vector(f'{frame.prefix}scale', column, lanes)}"
-            lines.append(f"{vector(f'{frame.prefix}wf', place, lanes)} = {value}")
-    return loop(f"j in T.serial({tiles.count})", loop(f"g in T.serial({stored})", lines))
-
-
-def _in_x(frame: Frame, o: Operand) -> bool:
-    """Whether an operand is read from x, not from a tile buffer."""
-    return o.rule == "direct" or (o.rule == "scaled" and frame.decoded)
-
-
-def _halves(plan: DensePlan) -> int:
-    """Steps of K in a stored group of weights."""
-    return 2 if plan.problem.weight == "s4" else 1
-
-
-# Prologue --------------------------------------------------------------------------------------
-
-
-def _prologue(plan: DensePlan, frame: Frame) -> list[str]:
-    body: list[str] = []
-    for operand in plan.operands:
-        if operand.rule == "dynamic":
-            body += _gradient(plan, frame, operand)
-        elif not _in_x(frame, operand):
-            body += _convert(plan, frame, operand)
-    return loop("r in T.serial(rows)", body) if body else []
-
-
-def _convert(plan: DensePlan, frame: Frame, o: Operand) -> list[str]:
-    """One row's block of x into the tile buffer, a vector of channels at a time.
-
-    The last vector is moved back to end with the block: it overlaps, and repeats the same values.
-    """
-    mul = o.block.mul
-    lanes = min(plan.unit.lanes, 1 << (mul.bit_length() - 1))
-    comps, p = range(o.block.components), frame.prefix
-    lines = [f"u: T.let = T.min(i * {lanes}, {mul - lanes})"]
-    for c in comps:
-        lines.append(f"v{c}: T.let = {frame.x('r', f'{o.block.base + c * o.block.stride} + u', lanes)}")
-    if o.rule == "scaled":
-        lines.append(f"s: T.let = {vector(f'{p}scale', f'{o.index} + u', lanes)}")
-        values = [f"v{c} * s" for c in comps]
-    else:
-        lines.append(f"s: T.let = {vector(f'{p}steps', f'{o.index} + u', lanes)}")
-        scheme = activation_scheme(plan.problem.activation)
-        if scheme.common:
-            lines.append(f"ratio: T.let = {vector(f'{p}fine', f'{o.index} + u', lanes)}")
-        lines += [f"{name}: T.let = {value}" for name, value in RULES[o.rule](scheme, o, lanes)]
-        values = [_stored(plan, o, c, lanes) for c in comps]
-    for c, value in zip(comps, values, strict=True):
-        lines.append(f"{_tile(plan, frame, o, 'r', f'{c * o.width} + u', lanes)} = {value}")
-    if o.slot < 0:
-        return loop(f"i in T.serial({-(-mul // lanes)})", lines)
-    zero = splat(literal(0.0), lanes)
-    bad = [f"T.Select(T.isnan(v{c}), v{c}, {zero})" for c in comps]
-    name = f"seen{o.slot}"
-    watch = vector(name, "0", lanes)
-    lines.append(f"{watch} = {' + '.join([watch, *bad])}")
-    return [
-        f'{name} = T.alloc_buffer(({lanes},), "float32", scope="global")',
-        f"{watch} = {zero}",
-        *loop(f"i in T.serial({-(-mul // lanes)})", lines),
-        *_halved(name, lanes, "{} + {}"),
-        f"nan[r * {plan.watched} + {o.slot}] = {name}[0]",
-    ]
-
-
-def _gradient(plan: DensePlan, frame: Frame, o: Operand) -> list[str]:
-    """One row's block of a gradient into 16-bit integers, a step per component (numerics.gradients).
-
-    The maximum is taken of the bits of ``|t|``, which order floats and put infinities and NaNs on
-    top; the step of such a row is NaN. Adding 1.5 * 2^23 rounds half to even and leaves the integer
-    in the low bits of the sum.
-    """
-    mul, comps = o.block.mul, range(o.block.components)
-    lanes = min(plan.unit.lanes, 1 << (mul.bit_length() - 1))
-    ints = many("int32", lanes)
-    weight = vector(f"{frame.prefix}scale", f"{o.index} + u", lanes)
-    load = [f"u: T.let = T.min(i * {lanes}, {mul - lanes})", f"w: T.let = {weight}"]
-    for c in comps:
-        place = frame.x("r", f"{o.block.base + c * o.block.stride} + u", lanes)
-        load.append(f"t{c}: T.let = {place} * w")
-    header = f"i in T.serial({-(-mul // lanes)})"
-    lines, largest, stores = [], [], []
-    for c in comps:
-        name = f"top{o.step + c}"
-        lines += [
-            f'{name} = T.alloc_buffer(({lanes},), "int32", scope="global")',
-            f"{vector(name, '0', lanes)} = {splat('0', lanes)}",
-        ]
-        bits = f'T.reinterpret(t{c}, dtype="{ints}") & {splat("0x7FFFFFFF", lanes)}'
-        largest.append(f"{vector(name, '0', lanes)} = T.max({vector(name, '0', lanes)}, {bits})")
-    lines += loop(header, load + largest)
-    for c in comps:
-        lines += _step(plan, frame, o, c, lanes)
-    rounding = splat(literal(1.5 * 2.0**23), lanes)
-    for c in comps:
-        bits = f'T.reinterpret(t{c} * {splat(f"inv{o.step + c}", lanes)} + {rounding}, dtype="{ints}")'
-        place = _tile(plan, frame, o, "r", f"{c * o.width} + u", lanes)
-        stores.append(f'{place} = T.Cast("{many("int16", lanes)}", {bits})')
-    return lines + loop(header, load + stores)
-
-
-def _halved(name: str, lanes: int, join: str) -> list[str]:
-    """Statements that join all lanes of a vector in its first: in halves, a fixed order."""
-    lines, half = [], lanes // 2
-    while half:
-        low, high = vector(name, "0", half), vector(name, str(half), half)
-        lines.append(f"{low} = {join.format(low, high)}")
-        half //= 2
-    return lines
-
-
-def _step(plan: DensePlan, frame: Frame, o: Operand, c: int, lanes: int) -> list[str]:
-    """A component's step, kept for the row's products, and what its values are multiplied by."""
-    k = o.step + c
-    zero, small = literal(0.0), literal(SMALLEST)
-    finite = f"T.Select(m{k} <= {literal(_FLOAT_MAX)}, m{k} * {literal(1.0 / LARGEST)}, T.float32('nan'))"
-    return [
-        *_halved(f"top{k}", lanes, "T.max({}, {})"),
-        f'm{k}: T.let = T.reinterpret(top{k}[0], dtype="float32")',
-        f"gs[r * {plan.dynamic} + {k}] = T.Select(m{k} < {small}, {zero}, {finite})",
-        f"inv{k}: T.let = T.Select(m{k} < {small}, {zero}, {literal(float(LARGEST))} / m{k})",
-    ]
-
-
-def _stored(plan: DensePlan, o: Operand, c: int, lanes: int) -> str:
-    """The value of component c in the tile buffer, from its operand ``X{c}`` (a whole float)."""
-    dtype = plan.unit.storage(o.kind)
-    if dtype == "float32":
-        if plan.problem.weight != "f32":  # the weights hold the steps
-            return f"X{c}"
-        scheme = plan.problem.scheme
-        fraction = scheme.fraction_bits(o.block.l) if scheme is not None else 0
-        return f"X{c} * (s * {splat(literal(2.0**-fraction), lanes)})"
-    integer = f'T.Cast("{many("int32", lanes)}", X{c})'
-    if plan.unit.offset(o.kind):
-        integer += f" + {splat(str(plan.unit.offset(o.kind)), lanes)}"
-    return f'T.Cast("{many(dtype, lanes)}", {integer})'
-
-
-Named = list[tuple[str, str]]  # names, and what they stand for
-
-
-def _component(scheme: ActivationScheme, o: Operand, lanes: int) -> Named:
-    top = scheme.qmax(o.block.l)
-    high, low = splat(literal(float(top)), lanes), splat(literal(float(-top)), lanes)
-    codes = [f"T.max(T.min(T.nearbyint(v{c} / s), {high}), {low})" for c in range(o.block.components)]
-    if scheme.common:
-        codes = [f"T.nearbyint({code} * ratio)" for code in codes]
-    return [(f"X{c}", code) for c, code in enumerate(codes)]
-
-
-def _magnitude(scheme: ActivationScheme, o: Operand, lanes: int) -> Named:
-    squares = " + ".join(f"v{c} * v{c}" for c in range(o.block.components))
-    top = splat(literal(float(scheme.qmax(o.block.l))), lanes)
-    return [("m1", f"T.sqrt({squares})"), ("q", f"T.min(T.nearbyint(m1 / s), {top})")]
-
-
-def _exact(scheme: ActivationScheme, o: Operand, lanes: int) -> Named:
-    zero = splat(literal(0.0), lanes)
-    factor = f"T.Select(q == {zero}, {zero}, {'q * ratio' if scheme.common else 'q'} / m1)"
-    values = [(f"X{c}", f"v{c} * f") for c in range(o.block.components)]
-    return [*_magnitude(scheme, o, lanes), ("f", factor), *values]
-
-
-def _mddq(scheme: ActivationScheme, o: Operand, lanes: int) -> Named:
-    comps = range(o.block.components)
-    zero = splat(literal(0.0), lanes)
-    levels = splat(literal(float(scheme.direction_levels)), lanes)
-    fine = "ratio" if scheme.common else splat(literal(2.0 ** scheme.fraction_bits(o.block.l)), lanes)
-    return [
-        *_magnitude(scheme, o, lanes),
-        ("g", f"T.Select(q == {zero}, {zero}, {levels} / m1)"),
-        *((f"d{c}", f"T.nearbyint(v{c} * g)") for c in comps),
-        ("h", f"T.sqrt({' + '.join(f'd{c} * d{c}' for c in comps)})"),
-        ("f", f"T.Select(q == {zero}, {zero}, q * {fine} / h)"),
-        *((f"X{c}", f"T.nearbyint(d{c} * f)") for c in comps),
-    ]
-
-
-RULES = {"component": _component, "mddq": _mddq, "exact": _exact}
-"""An operand's values ``X0``, ``X1``, ... from its components ``v0``, ``v1``, ... and steps ``s``."""
-
-
 # Register tiles --------------------------------------------------------------------------------
 
 
@@ -392,11 +108,11 @@ def _sweep(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles) -> lis
     """All register tiles of one product and one width of column tile."""
     height = plan.schedule.rows[tiles.vectors - 1]
     body = _register_tile(plan, frame, p, tiles, height)
-    tile = loop(f"s in T.serial((rows + {height - 1}) // {height})", body)
+    strips = loop(f"s in T.serial((rows + {height - 1}) // {height})", body)
     columns, comps = f"j in T.serial({tiles.count})", f"c in T.serial({p.block.components})"
     if plan.schedule.components_first:
-        return loop(comps, loop(columns, tile))
-    return loop(columns, loop(comps, tile))
+        return loop(comps, loop(columns, strips))
+    return loop(columns, loop(comps, strips))
 
 
 def _register_tile(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, height: int) -> list[str]:
@@ -406,10 +122,10 @@ def _register_tile(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles
     lines = [f'a{r}_{v} = T.alloc_buffer(({lanes},), "{dtype}", scope="global")' for r, v in cells]
     for r, v in cells:
         lines.append(f"{_acc(r, v, lanes)} = {_start(frame, p, tiles, v, lanes, dtype)}")
-    if _in_x(frame, o):
+    if in_x(frame, o):
         lines += [f"i{r}: T.let = T.min(s * {height} + {r}, {frame.last})" for r in range(height)]
     steps = -(-p.depth // plan.unit.step(o.kind))
-    packed = _halves(plan) == 2 and not (frame.decoded and plan.decodes(p))
+    packed = group_steps(plan) == 2 and not (frame.decoded and plan.decodes(p))
     whole, halves = divmod(steps, 2) if packed else (steps, 0)
     if frame.asks:
         lines += _ask(plan, frame, p, tiles, height)
@@ -426,7 +142,7 @@ def _register_tile(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles
 def _ask(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, height: int) -> list[str]:
     """Ask for what the next register tile writes, of which nothing need exist."""
     lanes = plan.unit.lanes
-    starts = (f"{tiles.start * lanes} + {_column(tiles, v, lanes)}" for v in range(tiles.vectors))
+    starts = (f"{tiles.start * lanes} + {first_column(tiles, v, lanes)}" for v in range(tiles.vectors))
     columns = [f"{p.block.base} + c * {p.block.stride} + {start}" for start in starts]
     rows = (f"(s * {height} + {height + r})" for r in range(height))
     return [ask_to_write(frame.y(row, column, 1)) for row in rows for column in columns]
@@ -434,7 +150,7 @@ def _ask(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, height: 
 
 def _start(frame: Frame, p: Product, tiles: ColumnTiles, v: int, lanes: int, dtype: str) -> str:
     if p.sums >= 0:
-        place = f"{p.sums + tiles.start * lanes} + {_column(tiles, v, lanes)}"
+        place = f"{p.sums + tiles.start * lanes} + {first_column(tiles, v, lanes)}"
         return vector(f"{frame.prefix}sums", place, lanes)
     return splat("0" if dtype == "int32" else literal(0.0), lanes)
 
@@ -445,12 +161,12 @@ def _group(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, k: str
     step, lanes = unit.step(o.kind), unit.lanes
     row = vectors * lanes * step
     decoded = frame.decoded and plan.decodes(p)
-    each = _halves(plan) if decoded else 1
+    each = group_steps(plan) if decoded else 1
     stored = groups(plan, o.kind, p.depth)
     base = each * (p.weight + tiles.start * lanes * step * stored)
     place = f"{base} + (j * {each * stored} + {k}) * {row}"
     weight = f"{frame.prefix}{'wf' if decoded else 'weight'}"
-    packed = _halves(plan) == 2 and not decoded
+    packed = group_steps(plan) == 2 and not decoded
     lines = []
     if packed:
         stacked = (f"{place} + {v * lanes * step}" for v in range(vectors))
@@ -458,9 +174,9 @@ def _group(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, k: str
     for half in range(2 if packed and not odd else 1):
         step_index = f"({k} * 2 + {half})" if packed else k
         for v in range(vectors):
-            raw = _nibble(f"b{v}", half, lanes * step) if packed else None
+            raw = nibble(f"b{v}", half, lanes * step) if packed else None
             raw = raw or vector(weight, f"{place} + {v * lanes * step}", lanes * step)
-            lines.append(f"w{half}_{v}: T.let = {raw if decoded else _decode(plan, o, raw)}")
+            lines.append(f"w{half}_{v}: T.let = {raw if decoded else decode(plan, o, raw)}")
         for r in range(plan.schedule.rows[vectors - 1]):
             height = plan.schedule.rows[vectors - 1]
             lines.append(f"e{half}_{r}: T.let = {_operand(plan, frame, p, r, step_index, height)}")
@@ -470,35 +186,13 @@ def _group(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, k: str
     return lines
 
 
-def _nibble(name: str, half: int, n: int) -> str:
-    """int8 codes from the low or the high halves of bytes, which hold code + 8."""
-    byte = (
-        f"T.shift_right({name}, T.broadcast(T.uint8(4), {n}))"
-        if half
-        else (f"({name} & T.broadcast(T.uint8(15), {n}))")
-    )
-    return f'(T.reinterpret({byte}, dtype="int8x{n}") - T.broadcast(T.int8(8), {n}))'
-
-
-def _decode(plan: DensePlan, o: Operand, raw: str) -> str:
-    """Stored weights as the multiplication wants them, in registers."""
-    lanes, step = plan.unit.lanes, plan.unit.step(o.kind)
-    if plan.problem.weight == "f32":
-        return raw
-    if o.kind == "f32":
-        return f'T.Cast("float32x{lanes}", {raw})'
-    if step == 1:
-        return f'T.Cast("int32x{lanes}", {raw})'
-    return raw if step == 4 else f'T.Cast("int16x{2 * lanes}", {raw})'
-
-
 def _operand(plan: DensePlan, frame: Frame, p: Product, r: int, k: str, height: int) -> str:
     """The operand of row r and step k, in every lane."""
     o, lanes, step = plan.operands[p.operand], plan.unit.lanes, plan.unit.step(plan.operands[p.operand].kind)
-    if _in_x(frame, o):
+    if in_x(frame, o):
         column = f"{o.block.base + p.first} + c * {o.block.stride} + {k}"
         return splat(frame.x(f"i{r}", column, 1), lanes)
-    here = _tile(plan, frame, o, f"(s * {height} + {r})", f"{p.first} + c * {o.width} + {k} * {step}", step)
+    here = tile(plan, frame, o, f"(s * {height} + {r})", f"{p.first} + c * {o.width} + {k} * {step}", step)
     if o.kind == "f32":
         return splat(here, lanes)
     if step == 1:
@@ -514,7 +208,7 @@ def _store(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, r: int
     row, names = f"(s * {height} + {r})", frame.prefix
     lines = []
     for v in range(tiles.vectors):
-        column = f"{tiles.start * lanes} + {_column(tiles, v, lanes)}"
+        column = f"{tiles.start * lanes} + {first_column(tiles, v, lanes)}"
         value = _acc(r, v, lanes)
         if o.kind != "f32":
             value = f'T.Cast("float32x{lanes}", {value})'
@@ -569,21 +263,6 @@ def _fill(plan: DensePlan, frame: Frame) -> list[str]:
         inner = loop(f"i in T.serial({b.mul})", [f"{place} = {value}"])
         lines += loop("r in T.serial(rows)", loop(f"c in T.serial({b.components})", inner))
     return lines
-
-
-# Places ----------------------------------------------------------------------------------------
-
-
-def _tile(plan: DensePlan, frame: Frame, o: Operand, row: str, column: str, lanes: int) -> str:
-    """Consecutive elements of an operand in the tile buffer."""
-    dtype = plan.unit.storage(o.kind)
-    place = f"{row} * {plan.row_size(dtype)} + {o.offset} + {column}"
-    return vector(_BUFFERS[dtype], place, lanes)
-
-
-def _column(tiles: ColumnTiles, v: int, lanes: int) -> str:
-    """The first column of vector v of column tile j, counted from the tiles' start."""
-    return f"j * {tiles.vectors * lanes} + {v * lanes}"
 
 
 def _acc(r: int, v: int, lanes: int) -> str:

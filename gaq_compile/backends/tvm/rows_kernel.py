@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ...passes.row_groups import FusedRows
 from .build import compile_kernel
-from .dense_kernel import Frame, arguments, declared, task_lines, tile_buffers
+from .dense_frame import Frame, declared, tile_buffers
+from .dense_kernel import arguments, task_lines
 from .emit import block_lanes, kernel_text, literal, loop, many, splat
 from .launch import Input, Launch, Output, always, most_rows, refuse
 from .linear import LinearKernel

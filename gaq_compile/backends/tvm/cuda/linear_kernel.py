@@ -25,8 +25,9 @@ from ....config import activation_scheme
 from ....errors import LoweringError
 from ....ir.layout import Block
 from ....numerics.gradients import LARGEST, SMALLEST
-from ..dense_kernel import RULES, arguments, sizes
+from ..dense_kernel import arguments, sizes
 from ..dense_plan import DensePlan, Operand, Product, groups, padded
+from ..dense_prologue import RULES
 from ..emit import literal, loop
 from .emit import SYNC, WARP, across_warp, branch, chosen, dp4a, grid_text, local, shared
 

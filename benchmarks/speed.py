@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
@@ -45,7 +46,8 @@ from speed_page import fill_page, plots, tables
 from speed_sides import AOTI, COMPILE, EAGER, aoti_file, form_file, gaq_file
 
 SIDES = (EAGER, COMPILE, AOTI, "fp32", "w8", "w8a8", "w4a8", "exact-w8a8")
-FULL = ("allocate memory", "MemoryError", "bad_alloc", "failed to map")  # what a process says without memory
+FULL = "does not fit into memory"
+NO_MEMORY = ("allocate memory", "MemoryError", "bad_alloc", "failed to map")  # as processes say it
 MODES = ("default", "max-autotune-no-cudagraphs")
 
 Row = dict[str, Any]
@@ -94,7 +96,7 @@ def known(options: argparse.Namespace) -> dict[str, Any]:
     if options.fresh:
         result["rows"] = [r for r in result["rows"] if not asked_for(r, options)]
     facts = {
-        "command": " ".join(["python", *sys.argv]),
+        "commands": list(dict.fromkeys([*result.get("commands", ()), shlex.join(["python", *sys.argv])])),
         "machine": processor(),
         "threads": options.threads,
         "versions": {name: metadata.version(name) for name in ("torch", "apache-tvm")},
@@ -161,11 +163,27 @@ def memory_row(result: dict[str, Any], case: Case, side: str, options: argparse.
 
 
 def time_row(result: dict[str, Any], case: Case, sides: Iterable[str], options: argparse.Namespace) -> Row:
-    """All sides' times; those that cannot run are left out, with their reasons."""
+    """All sides' times; those that cannot run are left out, with their reasons. Where they do not fit into
+    one process together, the one that needs most memory is left out, and so on."""
     reasons = {side: reason for side in sides if (reason := out(result, case, side))}
-    row = tried("time", case, options, *(side for side in sides if side not in reasons))
+    row: Row = {"kind": "time", "model": case.model, "case": case.name}
+    while running := [side for side in sides if side not in reasons]:
+        row = tried("time", case, options, *running)
+        if any(found.get("reason") != FULL for found in row["sides"].values()) or len(running) == 1:
+            break
+        reasons[hungriest(result, case, running)] = f"{FULL} beside the others"
     row["sides"] = {**row.get("sides", {}), **{side: {"reason": why} for side, why in reasons.items()}}
     return row
+
+
+def hungriest(result: dict[str, Any], case: Case, sides: Sequence[str]) -> str:
+    """The side whose memory grows most; one whose memory is not known, if there is one."""
+
+    def growth(side: str) -> float:
+        row = find(result, "memory", case, side)
+        return row["growth_bytes"] if row else float("inf")
+
+    return max(sides, key=growth)
 
 
 def tried(kind: str, case: Case, options: argparse.Namespace, *sides: str) -> Row:
@@ -185,8 +203,8 @@ def reason_of(error: GaqError) -> str:
     """Why a process failed, in one line: what it said last of an error, or how it ended."""
     said = error.where.partition("\n")[2]  # after the command
     killed = any(f"status {code}" in error.what for code in (-9, -6))
-    if killed or any(words in said for words in FULL):
-        return "does not fit into memory"
+    if killed or any(words in said for words in NO_MEMORY):
+        return FULL
     last = [line.strip() for line in said.splitlines() if re.match(r"\s*[\w.]+(Error|Exception)\b", line)]
     return (last[-1] if last else error.what)[:200]
 

@@ -94,7 +94,7 @@ def settings_text(result: Result) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     used = list(dict.fromkeys(r["allocator"] for r in result["rows"] if "allocator" in r))
     text = f"{result['machine']}, {result['threads']} threads, {versions}; allocator: {', '.join(used)}."
-    return f"{text}\n\n    {result['command']}"
+    return "\n".join([text, "", *(f"    {command}" for command in result["commands"])])
 
 
 def time_table(result: Result, model: str) -> str:

@@ -140,6 +140,8 @@ def facts(task: KernelTask, outcome: Outcome, threads: int, workers: GetWorkers)
     again = compare(key, outcome.schedule, threads, workers) if outcome.changed else None
     kept = again is not None and not again.error and again.ratio <= MARGIN and again.wins >= WINS
     default = again.default_seconds if again is not None and not again.error else outcome.default_seconds
+    if not default:  # a kernel with one schedule only: nothing had to be compared
+        default = compare(key, outcome.schedule, threads, workers).default_seconds
     tuned = again.seconds if again is not None and kept else default
     return {
         "family": key.family,

@@ -254,13 +254,20 @@ def outcome_table(tasks: Sequence[KernelTask], outcomes: Sequence[Outcome]) -> T
         table.add_row(
             title(task),
             f"{task.share:.1%}",
-            f"{o.default_seconds * 1e3:.3f}",
-            f"{o.seconds * 1e3:.3f}",
-            f"{o.speedup:.2f}x",
+            *_times(o),
             f"{o.tried} ({o.fresh})",
             "\n".join(constants) or "nothing",
         )
     return table
+
+
+def _times(outcome: Outcome) -> tuple[str, str, str]:
+    """Default and choice in ms, and their ratio; dashes for a kernel of which nothing was measured."""
+    if not outcome.seconds:
+        return "–", "–", "–"
+    ms = (1e3 * seconds for seconds in (outcome.default_seconds, outcome.seconds))
+    default, chosen = (f"{t:.3f}" for t in ms)
+    return default, chosen, f"{outcome.speedup:.2f}x"
 
 
 def summary(tasks: Sequence[KernelTask], outcomes: Sequence[Outcome]) -> str:

@@ -446,6 +446,25 @@ def test_results_are_fresh(layer) -> None:
     assert not any(low <= t.data_ptr() < high for t in first)
 
 
+class _Timed:
+    """A kernel whose calls are timed."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.launch, self.times = run, run.launch, []
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.run(*arguments)
+
+
+def test_with_a_clock_around_every_call(layer) -> None:
+    plain = layer()
+    steps = [replace(step, run=_Timed(step.run)) for step in plain.steps]
+    segment = Segment(steps, plain.inputs, plain.outputs, Arena())
+    for runs, (atoms, edges) in enumerate([(9, 70), (9, 70), (12, 300)], start=1):
+        _check(segment, _given(segment, _inputs(atoms, edges)))
+        assert all(len(step.run.times) == runs and step.run.times[-1] > 0 for step in steps)
+
+
 def test_inputs_are_only_read(layer) -> None:
     segment = layer()
     given = _given(segment, _inputs(9, 70))
@@ -462,9 +481,13 @@ def test_inputs_at_any_address(layer) -> None:
     _same(segment(*_given(segment, shifted)), expected)
 
 
-def test_an_error_in_one_kernel_does_not_stay(layer) -> None:
+@pytest.mark.parametrize("timed", [False, True])
+def test_an_error_in_one_kernel_does_not_stay(layer, timed: bool) -> None:
     """A kernel in the middle fails on what only it reads; those before it have run."""
     segment, inputs = layer(), _inputs(9, 70)
+    if timed:
+        steps = [replace(step, run=_Timed(step.run)) for step in segment.steps]
+        segment = Segment(steps, segment.inputs, segment.outputs, Arena())
     right = _given(segment, inputs)
     wrong = _given(segment, inputs, mask=inputs["mask"][:-1])
     sizes = [*map(launches.count, wrong), *segment._numbers]

@@ -321,6 +321,10 @@ def test_failures_are_stored_and_not_repeated(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tune_search, "_time", lambda *_: Timing(error="took its process down"))
     outcome = tune_search.search(linear_key(), 8, 2, nobody, quiet)
     assert (outcome.failed, outcome.changed) == (8, False)
+    assert outcome.seconds == outcome.default_seconds == 0.0  # no time is made up
+    task = tune.KernelTask(linear_key(), "a linear", 1, 1.0)
+    cells = [list(column.cells) for column in tune.outcome_table([task], [outcome]).columns]
+    assert cells[2:5] == [["–"], ["–"], ["–"]]
     assert tune_search.search(linear_key(), 8, 2, no_workers, quiet).failed == 8
 
 

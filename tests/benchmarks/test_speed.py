@@ -56,7 +56,8 @@ def kernels_of(case: str, atoms: int, name: str) -> dict:
 def result() -> dict:
     modes = {"default": {"ms": 3.0, "compile_seconds": 60.0}, "other": "RuntimeError: no | way"}
     return {
-        "command": "python speed.py", "machine": "a machine", "threads": 2,
+        "commands": ["python speed.py --cases a", "python speed.py --cases b"],
+        "machine": "a machine", "threads": 2,
         "versions": {"torch": "2"}, "timestep_fs": {"so3lr": 0.5},
         "rows": [
             time_of("box", 80, eager=side(200.0, 1.0, force_error=0.0), w8=side(40.0, 5.0, force_error=0.2)),
@@ -84,6 +85,7 @@ def test_tables_say_what_was_measured(result):
     assert "| ethanol | 10 | 0.5 | 2.16 | 8.64 | – |" in text  # 86400 s a day
     assert "| ethanol | `w8a8` | 8.00 | 4.00 | 1.00 | 12 % |" in text
     assert "| f32 operations | 5 G/s |" in text and "| write, 1 MiB again and again | 2.0 GB/s |" in text
+    assert "    python speed.py --cases a\n    python speed.py --cases b\n" in text
     assert "| `tvm_a` | linear | s8·s8→s32 | 3.000 | 0.600 | 0.500 | 20 % |" in text
 
 
@@ -172,6 +174,31 @@ def test_one_sides_failure_is_its_reason_and_leaves_the_others(result, tmp_path,
     times = speed.find(result, "time", CASE)["sides"]
     assert times["eager"] == {"reason": "does not fit into memory"} and times["w8"] == {"ms": 1.0}
     assert speed.find(result, "memory", CASE, "w8")["peak_bytes"] == 7
+
+
+def test_what_does_not_fit_beside_the_others_is_left_out_of_the_times(result, tmp_path, monkeypatch):
+    """The original of a large cell fills the memory: what runs there is timed all the same."""
+    asked, grown = [], {"eager": 16, "compile": 8, "w8": 1}
+
+    def child(kind, options, model, sides, case=None):
+        if kind == "memory":
+            return 7, {"growth_bytes": grown[sides[0]]}
+        asked.append(sides)
+        if sum(grown[s] for s in sides) > room:
+            raise VerificationError("the command failed with exit status -9")
+        return 7, {"sides": {s: {"ms": 1.0} for s in sides}}
+
+    monkeypatch.setattr(speed, "child", child)
+    sides, options = list(grown), _options(tmp_path / "speed.json")
+    result["rows"] = [{"side": s, **speed.tried("memory", CASE, options, s)} for s in grown]
+    room = 9
+    row = speed.time_row(result, CASE, sides, options)
+    assert asked == [("eager", "compile", "w8"), ("compile", "w8")]
+    beside = {"reason": "does not fit into memory beside the others"}
+    assert row["sides"] == {"eager": beside, "compile": {"ms": 1.0}, "w8": {"ms": 1.0}}
+    room = 0
+    row = speed.time_row(result, CASE, sides, options)
+    assert row["sides"] == {"eager": beside, "compile": beside, "w8": {"reason": "does not fit into memory"}}
 
 
 def test_wrong_forces_are_objected_to_where_they_should_be_exact():

@@ -12,7 +12,10 @@ import pytest
 import tuning
 from gaq_compile.backends.tvm.build import tvm_version
 from gaq_compile.backends.tvm.database import KernelKey, problem_text
+from gaq_compile.backends.tvm.tune_measure import Timing
+from gaq_compile.backends.tvm.tune_search import Outcome
 from gaq_compile.tools.machine import Machine
+from gaq_compile.tools.tune import KernelTask
 
 TARGET = json.dumps({"kind": "llvm", "mcpu": "znver5"})
 
@@ -53,6 +56,22 @@ def test_results_add_up_on_one_machine(tmp_path: Path) -> None:
     assert tuning.joined(second, path) == both
     elsewhere = second | {"threads": 2}
     assert tuning.joined(elsewhere, path) == elsewhere
+
+
+def test_the_default_of_a_kernel_with_one_schedule_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search has nothing to compare there, and gives no time that a limit could be set beside."""
+    asked = []
+
+    def compare(key: KernelKey, schedule: dict[str, Any], *_: Any) -> Timing:
+        asked.append(schedule)
+        return Timing(2e-3, 3e-3, 1.0, 0.7)
+
+    monkeypatch.setattr(tuning, "compare", compare)
+    key = KernelKey("mddq", problem_text({"spec": "8x0e"}), 64, TARGET)
+    default = tuning.FAMILIES["mddq"].default(key)
+    outcome = Outcome(key, default, False, seconds=0.0, default_seconds=0.0, tried=0, fresh=0, failed=0)
+    found = tuning.facts(KernelTask(key, "a norm", 1, 1.0), outcome, 1, lambda: None)
+    assert asked == [default] and (found["default_ms"], found["tuned_ms"], found["ratio"]) == (3.0, 3.0, 1.0)
 
 
 def test_limits_that_kernels_beat_are_not_shown() -> None:

@@ -99,7 +99,7 @@ class Segment:
     """Kernel calls in order, as one function.
 
     Args:
-        steps: the calls.
+        steps: the calls; where what they run has ``times``, a list, each call adds its nanoseconds.
         inputs: names of the values that they are given, in the order of the function's arguments.
         outputs: names of the results that are read elsewhere, in the order of the function's results.
         arena: where the others go.
@@ -116,6 +116,9 @@ class Segment:
         self._taken: dict[tuple[int, int | None, int, torch.dtype], None] = {}
         self._turned: list[tuple[_Value, int | None, int]] = []  # what is read in other rows than it has
         self._calls = [self._call(k, step) for k, step in enumerate(steps)]
+        self._times = [
+            step.run.times for step in steps if hasattr(step.run, "times")
+        ]  # all have them, or none
         self._table.finish()
         self._wanted = [self._values[name] for name in outputs]
         given = [value for value in self._values.values() if value.first < 0]
@@ -197,7 +200,8 @@ class Segment:
         made = [self._fresh(value, given) for value in self._wanted]
         pointers = [given[place].data_ptr() for place in self._read_places]
         self._table.set_addresses(self._outer_numbers, pointers + [tensor.data_ptr() for tensor in made])
-        return made if self._table.run() else None
+        done = self._table.run_timed(self._times) if self._times else self._table.run()
+        return made if done else None
 
     def _fresh(self, value: _Value, given: Sequence[Any]) -> Tensor:
         row, source = value.row, value.like

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -40,8 +41,8 @@ class Outcome:
         key: the kernel.
         schedule: what it runs with from now on.
         changed: whether that is another schedule than the default.
-        seconds: per call, with the schedule.
-        default_seconds: per call, with the default.
+        seconds: per call, with the schedule; 0 if no candidate could be measured.
+        default_seconds: per call, with the default; 0 likewise.
         tried: candidates known after this search.
         fresh: how many of them were measured now.
         failed: how many of them did not build, crashed, or gave another result.
@@ -238,15 +239,15 @@ def _decide(
         return _outcome(key, stored, tried, fresh)
     ranked = sorted((t for t in tried if not t.timing.error), key=lambda t: t.timing.ratio)
     finalists = [t.candidate for t in ranked[:FINALISTS] if t.timing.ratio < 1.0]
-    best, final = default, Timing(1.0, 1.0, floor=1.0)
+    best, final = default, None
     if finalists:
         libraries = workers().build([default, *finalists], key.target)
         for made, library in zip(finalists, libraries[1:], strict=True):
             timing = _time(key, (default, libraries[0]), (made, library), FINAL_ROUNDS, workers)
-            if timing.ratio < min(MARGIN, final.ratio) and timing.wins >= WINS:
+            if timing.ratio < (final.ratio if final else MARGIN) and timing.wins >= WINS:
                 best, final = made, timing
-    if best is default and ranked:
-        usual = sorted(t.timing.default_seconds for t in ranked)[len(ranked) // 2]
+    if final is None:
+        usual = statistics.median_high(t.timing.default_seconds for t in ranked) if ranked else 0.0
         final = Timing(usual, usual, floor=1.0)
     record = key.record(
         "choice",

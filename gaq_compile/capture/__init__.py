@@ -8,8 +8,9 @@ from ..errors import CaptureError
 from .base import EnergyModel, Original, Recipe
 from .sevennet import SevenNetRecipe
 from .so3krates import So3kratesRecipe
+from .transformer import TransformerRecipe
 
-RECIPES: tuple[Recipe, ...] = (SevenNetRecipe(), So3kratesRecipe())
+RECIPES: tuple[Recipe, ...] = (SevenNetRecipe(), So3kratesRecipe(), TransformerRecipe())
 
 
 def find_recipe(model: nn.Module) -> Recipe:

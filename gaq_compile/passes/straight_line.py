@@ -238,8 +238,9 @@ class _Writer:
         return text if sure else f"compact({text})"
 
     def _is_tensor(self, node: Node) -> bool:
-        """Sizes are no tensors; everything else that kernels take is."""
-        return not str(node.target).startswith(("aten.sym_size", "<built-in"))
+        """Sizes and arithmetic with them are no tensors; everything else that kernels take is."""
+        size = str(node.target).startswith(("aten.sym_size", "<built-in"))
+        return not size or node.target is operator.getitem  # a part of a split: a view with gaps
 
     def _bind(self, value: Any) -> str:
         name = f"_{len(self.bound)}"

@@ -65,6 +65,22 @@ def test_kernels_get_rows_without_gaps():
     assert seen == [True] * 3
 
 
+def test_a_part_of_a_split_reaches_a_kernel_without_gaps():
+    seen = []
+
+    def kernel(tensor):
+        seen.append(tensor.is_contiguous())
+        return tensor * 2
+
+    def build(g, x):
+        parts = g.call_function(aten.split.Tensor, (g.call_module("kernel", (x,)), 2, 1))
+        return g.call_module("kernel", (g.call_function(operator.getitem, (parts, 1)),))
+
+    x = torch.randn(3, 4)
+    assert torch.equal(straight_line(_graph(build, kernel=KernelCall(kernel, "double")))(x), 4 * x[:, 2:])
+    assert seen == [True, True]
+
+
 def test_an_empty_tensor_with_strides_reaches_a_kernel_without():
     gm = _graph(
         lambda g, x: g.call_module("kernel", (x,)), kernel=KernelCall(lambda t: t.stride(), "strides")

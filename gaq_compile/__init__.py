@@ -13,6 +13,7 @@ from .ir.draw import draw
 from .potential import Potential
 from .tools.sensitivity import Sensitivity, sensitivity
 from .tools.tradeoff import Tradeoff, tradeoff
+from .training.finetune import finetune
 from .verify.report import Report
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "Tradeoff",
     "draw",
     "errors",
+    "finetune",
     "load",
     "preset",
     "quantize",

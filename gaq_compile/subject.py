@@ -201,11 +201,10 @@ def _structure_subject(name: str, model: nn.Module, structures: list[Atoms], our
     energy_model = recipe.energy_model(model)
     form = energy_model.form
     _check_edges(structures, form)
-    example = collate(_traced_structures(structures[0], form), form)
     calibration = _rattled_too(structures)
     return Subject(
         name, energy_model, recipe.original(model, ours), structures, lambda s: collate(s, form),
-        [example[n] for n in form.inputs], calibration,
+        traced_example(structures[0], form), calibration,
     )  # fmt: skip
 
 
@@ -218,15 +217,17 @@ def _check_edges(structures: Sequence[Atoms], form: GraphFormat) -> None:
         )
 
 
-def _traced_structures(structure: Atoms, form: GraphFormat) -> list[Atoms]:
-    """What a graph is traced on, whatever it is made for: it follows from the model alone.
+def traced_example(structure: Atoms, form: GraphFormat) -> list[Tensor]:
+    """The inputs that a graph is traced on, whatever it is made for: they follow from the model alone.
 
     Two chains of different length, since sizes of 0 and 1, and equal sizes, would be baked in. Atoms are
     neighbours of the next two on either side within the cutoff, and of more within a longer one.
     """
     symbol = chemical_symbols[form.elements[0]] if form.elements else structure.get_chemical_symbols()[0]
     step = 0.45 * form.cutoff
-    return [Atoms([symbol] * n, positions=[[step * k, 0.0, 0.0] for k in range(n)]) for n in TRACED_ATOMS]
+    chains = [Atoms([symbol] * n, positions=[[step * k, 0.0, 0.0] for k in range(n)]) for n in TRACED_ATOMS]
+    tensors = collate(chains, form)
+    return [tensors[name] for name in form.inputs]
 
 
 def _rattled_too(structures: Sequence[Atoms]) -> list[Atoms]:

@@ -27,6 +27,7 @@ from e3nn import o3
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .forces import energy_and_forces
 
 _TINY = 1e-6  # of squared norms, so that the gradient of a length of 0 is 0
 
@@ -158,13 +159,7 @@ class EuclideanTransformer(nn.Module):
             tensors: the arguments of :meth:`forward` by name.
             create_graph: whether what is returned can be differentiated again, as training needs.
         """
-        vectors = tensors["edge_vec"].detach().requires_grad_(True)
-        energies = self(**{**tensors, "edge_vec": vectors})
-        (gradient,) = torch.autograd.grad(energies.sum(), vectors, create_graph=create_graph)
-        atoms, graphs = tensors["numbers"].shape[0], tensors["ptr"].shape[0] - 1
-        forces = gradient.new_zeros(atoms, 3).index_add(0, tensors["receivers"], gradient)
-        forces = forces.index_add(0, tensors["senders"], -gradient)
-        return energies.new_zeros(graphs).index_add(0, tensors["batch"], energies), forces
+        return energy_and_forces(self, tensors, create_graph)
 
     def set_scales(self, shifts: Sequence[float], scale: float, neighbours: float) -> None:
         """What training data says before training: energies of elements (eV), the size of what comes on top

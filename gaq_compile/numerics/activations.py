@@ -102,7 +102,7 @@ def fake_quantize(x: Tensor, scale: Tensor, irreps: str, scheme: ActivationSchem
     def block(v: Tensor, l: int, s: Tensor) -> Tensor:
         return _operand(v, l, s, scheme) * (_unit(s, scheme) * 2.0 ** -scheme.fraction_bits(l))
 
-    return _by_block((x,), scale, irreps, block)
+    return by_block((x,), scale, irreps, block)
 
 
 def fake_quantize_backward(
@@ -139,7 +139,7 @@ def fake_quantize_backward(
         bent = radial * (m / s <= qmax) + (s * linear_codes(m, s, qmax) / safe) * (g - radial)
         return torch.where(m == 0, g, bent)
 
-    return _by_block((grad, x), scale, irreps, block)
+    return by_block((grad, x), scale, irreps, block)
 
 
 @lru_cache(maxsize=32)
@@ -188,7 +188,7 @@ def _operand(v: Tensor, l: int, scale: Tensor | float, scheme: ActivationScheme)
     return torch.where(q == 0, 0.0, operand)
 
 
-def _by_block(
+def by_block(
     tensors: tuple[Tensor, ...], scale: Tensor, irreps: str, function: Callable[..., Tensor]
 ) -> Tensor:
     """Apply ``function(*blocks, l, s)`` to every block of tensors (N, dim) and join the results."""

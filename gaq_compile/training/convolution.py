@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +92,7 @@ def convolve(x: Tensor, sh: Tensor, weight: Tensor, edges: Sequence[Tensor], ker
     return _Conv.apply(*given, kernels, *edges)  # type: ignore[no-any-return]
 
 
+@lru_cache(maxsize=64)
 def kernels_of(spec: str) -> Kernels:
     """The kernels of a tensor product spec for this machine."""
     target = host_target()

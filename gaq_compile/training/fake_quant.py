@@ -21,6 +21,7 @@ from ..config import activation_scheme
 from ..errors import CaptureError
 from ..ir.specs import LinearSpec, linear_spec
 from ..models.forces import energy_and_forces
+from ..numerics.activations import activation_blocks
 from ..numerics.learned_steps import learned_codes, learned_fake_quantize, learned_weight
 from ..numerics.packing import pack_int4, unpack_int4
 from ..numerics.weights import CODES, rows_of
@@ -72,6 +73,24 @@ class FakeQuantized(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Energies (graphs,) in eV and forces (N, 3) in eV/Å."""
         return energy_and_forces(self, tensors, create_graph)
+
+    def vector_parts(self) -> dict[str, Tensor]:
+        """Of each parameter that acts on features with l >= 1, where it does: masks by parameter name."""
+        gm, found = self.quantized[0], dict[str, Tensor]()
+        for node in calls(gm, gaq.decode_weight.default):
+            layer = _Layer.of(node)
+            weight, scale = f"weights.{_key(layer.codes)}", f"logs.{_key(layer.scale)}"
+            found[weight] = torch.zeros(layer.spec.weight_numel, dtype=torch.bool)
+            found[scale] = torch.zeros(layer.spec.scale_numel, dtype=torch.bool)
+            for path in layer.spec.paths:
+                if path.block_in.l:
+                    found[weight][path.offset : path.offset + path.numel] = True
+                    found[scale][path.scale_offset : path.scale_offset + path.block_out.mul] = True
+        for node in calls(gm, gaq.mddq.default):
+            _, steps, irreps, *_ = cast(Any, node.args)
+            parts = [torch.full((b.mul,), b.l > 0) for b in activation_blocks(irreps)]
+            found[f"logs.{_key(steps)}"] = torch.cat(parts)
+        return {name: part for name, part in found.items() if bool(part.any())}
 
     def integer_graph(self) -> GraphModule:
         """The graph that inference runs, with the integers, steps and floats as they are now."""

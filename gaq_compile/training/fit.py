@@ -13,9 +13,11 @@ from typing import Any, Protocol
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
-from ..errors import ConfigError, FileFormatError
+from ..errors import ConfigError, FileFormatError, VerificationError
+from ..models.forces import VECTORS
 from .frames import Batch, Frames
 
 STATE, LOG, PLOT = "state.pt", "history.json", "loss.png"
@@ -44,7 +46,11 @@ class FitSettings:
             component's error, (eV/Å)^2.
         ema: decay of the running average of the weights, per step; what is kept is the average.
         clip: the largest norm of the gradient.
-        seed: of the order of frames.
+        lee_weight: of the mean square of ``F(R x) - R F(x)`` for a random rotation R at every step, (eV/Å)^2:
+            the local equivariance error that rounded directions make. A step then takes twice as long.
+        vectors_from: the epoch from which on vectors learn too; before it, of a quantized model
+            (:class:`.fake_quant.FakeQuantized`), only what acts on scalars does.
+        seed: of the order of frames, and of rotations.
     """
 
     epochs: int = 200
@@ -54,6 +60,8 @@ class FitSettings:
     energy_weight: float = 1.0
     ema: float = 0.999
     clip: float = 10.0
+    lee_weight: float = 0.0
+    vectors_from: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -112,6 +120,7 @@ def fit(
 
     Raises:
         FileFormatError: if the folder holds a state of other settings, or none that can be read.
+        VerificationError: if the loss is no longer a number; the model is then of no use.
     """
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(weights.values(), lr=settings.learning_rate, amsgrad=True)
@@ -148,12 +157,22 @@ def _epoch(
     batches = -(-len(train) // settings.batch)
     model.train()
     total, step = 0.0, state.epoch * batches
+    held = model.vector_parts() if state.epoch < settings.vectors_from else {}
     for batch in train.batches(settings.batch, settings.seed * 100_003 + state.epoch):
         for group in state.optimizer.param_groups:
             group["lr"] = settings.rate(step, settings.epochs * batches)
         state.optimizer.zero_grad()
-        loss = loss_of(model, batch, settings.energy_weight)
+        turn = rotation(settings.seed + step) if settings.lee_weight else None
+        loss = loss_of(model, batch, settings.energy_weight, settings.lee_weight, turn)
+        if not bool(torch.isfinite(loss)):
+            raise VerificationError(
+                f"the loss is {float(loss)}: training has diverged",
+                where=f"epoch {state.epoch + 1}, step {step + 1}",
+                fix="a smaller learning_rate, or look at the labels; the last whole epoch is kept",
+            )
         loss.backward()  # type: ignore[no-untyped-call]
+        for name, part in held.items():
+            _hold(weights[name], part)
         torch.nn.utils.clip_grad_norm_(list(weights.values()), settings.clip)
         state.optimizer.step()
         decay = min(settings.ema, (1 + step) / (10 + step))
@@ -164,11 +183,30 @@ def _epoch(
     return total / batches
 
 
-def loss_of(model: Trainable, batch: Batch, energy_weight: float) -> Tensor:
-    """``mean |F - F'|^2 + energy_weight mean (E - E')^2 / atoms``, in eV and Å."""
+def _hold(parameter: Tensor, part: Tensor) -> None:
+    """No gradient for a part of a parameter: Adam then leaves it where it is."""
+    if parameter.grad is not None:
+        parameter.grad.masked_fill_(part, 0.0)
+
+
+def rotation(seed: int) -> Tensor:
+    """A random rotation (3, 3), uniform."""
+    return torch.tensor(Rotation.random(random_state=seed % 2**32).as_matrix(), dtype=torch.float32)
+
+
+def loss_of(
+    model: Trainable, batch: Batch, energy_weight: float, lee_weight: float = 0.0, turn: Tensor | None = None
+) -> Tensor:
+    """``mean |F - F'|^2 + energy_weight mean (E - E')^2 / atoms``, in eV and Å, and with a rotation ``turn``
+    ``lee_weight mean |F(R x) - R F(x)|^2``."""
     energies, forces = model.energy_and_forces(batch.tensors, create_graph=True)
     of_energies = ((energies - batch.energies).square() / batch.atoms).mean()
-    return (forces - batch.forces).square().mean() + energy_weight * of_energies.float()
+    loss = (forces - batch.forces).square().mean() + energy_weight * of_energies.float()
+    if turn is None:
+        return loss
+    turned = {n: t @ turn.T if n.startswith(VECTORS) else t for n, t in batch.tensors.items()}
+    _, again = model.energy_and_forces(turned, create_graph=True)
+    return loss + lee_weight * (again - forces @ turn.T).square().mean()
 
 
 def errors_of(model: Any, frames: Frames, batch: int = 20) -> Errors:

@@ -15,7 +15,7 @@ from gaq_compile.errors import ConfigError, StructureError
 from gaq_compile.models import EuclideanTransformer, TransformerConfig
 from gaq_compile.training.distill import shaken, taught
 from gaq_compile.training.fake_quant import FakeQuantized
-from gaq_compile.training.fit import FitSettings
+from gaq_compile.training.fit import FitSettings, fit, loss_of, rotation
 from gaq_compile.training.frames import Frames
 from gaq_compile.verify.parity import parity
 
@@ -84,6 +84,40 @@ def test_every_parameter_learns(quantized) -> None:
     for name, parameter in fake.named_parameters():
         assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
     assert len(fake.weights) > 10 and len(fake.logs) > len(fake.weights)
+
+
+def test_vectors_are_held_while_scalars_learn(quantized) -> None:
+    potential = quantized["w4a8"]
+    fake = FakeQuantized(potential.graphs["tag_irreps"], potential.graphs["insert_mddq"], potential.form)
+    parts, before = fake.vector_parts(), {n: p.detach().clone() for n, p in fake.named_parameters()}
+    some = Frames(taught(FRAMES[:3], quantized["fp32"].predict), potential.form)
+    settings = FitSettings(epochs=1, batch=1, warmup=1, ema=0.0, vectors_from=1)
+    fit(fake, some, some, settings, progress=False)
+    assert 0 < len(parts) < len(before)
+    for name, parameter in fake.named_parameters():
+        part = parts.get(name, torch.zeros(parameter.shape, dtype=torch.bool))
+        assert torch.equal(parameter.detach()[part], before[name][part])
+        assert part.all() or not torch.equal(parameter.detach()[~part], before[name][~part]), name
+
+
+def test_rotations_cost_what_rounded_directions_do(quantized) -> None:
+    """The regularizer is the square of LEE, and it can be learned from; exact directions have none."""
+    turn, found = rotation(3), {}
+    for scheme in ("w4a8", "exact-w4a8"):
+        potential = quantized[scheme]
+        fake = FakeQuantized(potential.graphs["tag_irreps"], potential.graphs["insert_mddq"], potential.form)
+        batch = Frames(FRAMES[:4], potential.form).batch(range(4))
+        extra = loss_of(fake, batch, 0.0, 1e9, turn) - loss_of(
+            fake, batch, 0.0
+        )  # beside it the rest is small
+        found[scheme] = 1e-9 * float(extra.detach())
+        _, forces = fake.energy_and_forces(batch.tensors)
+        turned = {**batch.tensors, "edge_vec": batch.tensors["edge_vec"] @ turn.T}
+        difference = fake.energy_and_forces(turned)[1] - forces @ turn.T
+        lee = float(difference.square().mean().detach())
+        assert found[scheme] == pytest.approx(lee, rel=0.02, abs=1e-9)
+    assert found["w4a8"] > 30 * found["exact-w4a8"]
+    loss_of(fake, batch, 0.0, 1.0, turn).backward()
 
 
 def test_a_teacher_makes_it_better(quantized, tmp_path) -> None:

@@ -13,7 +13,13 @@ from ase.calculators.emt import EMT
 pytest.importorskip("tvm")
 
 from gaq_compile.capture.transformer import form_of
-from gaq_compile.errors import ConfigError, FileFormatError, StructureError, UnknownElementError
+from gaq_compile.errors import (
+    ConfigError,
+    FileFormatError,
+    StructureError,
+    UnknownElementError,
+    VerificationError,
+)
 from gaq_compile.models import EuclideanTransformer, TransformerConfig
 from gaq_compile.training import fit as fitting
 from gaq_compile.training.convolution import with_fast_convolutions
@@ -94,6 +100,20 @@ def test_a_folder_of_something_else(frames, tmp_path) -> None:
     (tmp_path / "state.pt").write_bytes(b"nothing")
     with pytest.raises(FileFormatError, match="no state"):
         trained(frames, tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_training(frames, tmp_path, monkeypatch) -> None:
+    calls, real = [], fitting.loss_of  # four of an epoch
+
+    def loss_of(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 6 else 1.0)
+
+    monkeypatch.setattr(fitting, "loss_of", loss_of)
+    with pytest.raises(VerificationError, match="diverged"):
+        trained(frames, tmp_path)
+    kept = json.loads((tmp_path / "history.json").read_text())["history"]
+    assert len(kept) == 1  # what was learned before is not lost
 
 
 def test_the_rate_rises_and_falls() -> None:

@@ -36,7 +36,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the state is kept")
     parser.add_argument("--epochs", type=int, default=FitSettings.epochs)
     parser.add_argument("--batch", type=int, default=FitSettings.batch)
-    parser.add_argument("--rate", type=float, default=FitSettings.learning_rate)
+    parser.add_argument("--rate", type=float, default=1e-2)
+    parser.add_argument("--optimizer", choices=("adam", "muon"), default="muon")
     parser.add_argument("--energy-weight", type=float, default=FitSettings.energy_weight)
     parser.add_argument("--channels", type=int, default=TransformerConfig.channels)
     parser.add_argument("--attention", default=TransformerConfig.attention)
@@ -51,8 +52,9 @@ def main() -> None:
     model = EuclideanTransformer(config)
     model.set_scales(train.element_energies(elements), train.force_rms, train.neighbours)
     settings = FitSettings(
-        options.epochs, options.batch, options.rate, energy_weight=options.energy_weight, seed=options.seed
-    )
+        options.epochs, options.batch, options.rate, energy_weight=options.energy_weight, seed=options.seed,
+        optimizer=options.optimizer,
+    )  # fmt: skip
     fast = with_fast_convolutions(model)
     history = fit(fast, train, valid, settings, options.folder)
     test = Frames(read_rmd17(options.data / f"rmd17_{options.molecule}_test_01.npz"), form)

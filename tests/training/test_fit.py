@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,9 +74,11 @@ def test_it_learns(frames) -> None:
     assert history[-1]["loss"] < 0.3 * history[0]["loss"]
 
 
-def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(frames, tmp_path, monkeypatch) -> None:
-    whole = trained(frames)
-    assert same(whole, trained(frames)) and not same(whole, model())
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(frames, tmp_path, monkeypatch, optimizer) -> None:
+    settings = replace(SETTINGS, optimizer=optimizer)
+    whole = trained(frames, settings=settings)
+    assert same(whole, trained(frames, settings=settings)) and not same(whole, model())
     kept = fitting._keep
 
     def cut_off(home, model, state, about):
@@ -85,12 +88,12 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(frames, tmp_path, monke
 
     monkeypatch.setattr(fitting, "_keep", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        trained(frames, tmp_path)
+        trained(frames, tmp_path, settings)
     monkeypatch.setattr(fitting, "_keep", kept)
-    assert same(whole, trained(frames, tmp_path))
+    assert same(whole, trained(frames, tmp_path, settings))
     assert len(json.loads((tmp_path / "history.json").read_text())["history"]) == 4
     assert (tmp_path / "loss.png").stat().st_size > 5000
-    assert same(whole, trained(frames, tmp_path))  # it is done: nothing is trained any more
+    assert same(whole, trained(frames, tmp_path, settings))  # it is done: nothing is trained any more
 
 
 def test_a_folder_of_something_else(frames, tmp_path) -> None:
@@ -122,6 +125,8 @@ def test_the_rate_rises_and_falls() -> None:
     assert rates[:9] == sorted(rates[:9]) and rates[10:] == sorted(rates[10:], reverse=True)
     with pytest.raises(ConfigError):
         FitSettings(epochs=0)
+    with pytest.raises(ConfigError, match="no optimizer"):
+        FitSettings(optimizer="sgd")  # type: ignore[arg-type]
 
 
 def test_batches_hold_every_frame_once_and_their_labels(frames) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, FileFormatError, MissingPackageError
+from ..models import load_checkpoint
 
 
 def _sevennet_0() -> nn.Module:
@@ -46,20 +47,30 @@ def _so3lr() -> nn.Module:
         return torch.load(file, map_location="cpu", weights_only=False).float()
 
 
+def _reference(molecule: str) -> nn.Module:
+    path = resources.files("gaq_compile") / "data" / "models" / f"{molecule}.safetensors"
+    with resources.as_file(path) as file:
+        return load_checkpoint(file)
+
+
 # name -> (loader, pip package that ships the weights)
 PRETRAINED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "sevennet-0": (_sevennet_0, "sevenn"),
     "so3lr": (_so3lr, "so3krates-torch"),
+    # of this package: trained on one molecule each (gaq_compile/data/README.md)
+    "rmd17-azobenzene": (functools.partial(_reference, "azobenzene"), "gaq-compile"),
+    "rmd17-ethanol": (functools.partial(_reference, "ethanol"), "gaq-compile"),
 }
 
 
 def load_model(name: str) -> nn.Module:
-    """A pretrained potential by name, or a SevenNet checkpoint (``.pth``) by path.
+    """A pretrained potential by name, or a checkpoint by path: SevenNet's (``.pth``), or the reference
+    model's (``.safetensors``, :func:`~gaq_compile.models.save_checkpoint`).
 
     Raises:
         ConfigError: for an unknown name, listing the known ones.
         MissingPackageError: if the package that ships the model is not installed.
-        FileFormatError: if the file is no SevenNet checkpoint.
+        FileFormatError: if the file is no such checkpoint.
     """
     if name in PRETRAINED:
         loader, package = PRETRAINED[name]
@@ -72,7 +83,7 @@ def load_model(name: str) -> nn.Module:
             ) from error
     path = Path(name)
     if path.is_file():
-        return _checkpoint(path)
+        return load_checkpoint(path) if path.suffix == ".safetensors" else _checkpoint(path)
     raise ConfigError(
         f"no model named {name!r} and no such file", fix=f"use {', '.join(PRETRAINED)}, or a file"
     )

@@ -202,9 +202,11 @@ def by_block(
         raise IrrepsError(
             f"expected {channels(irreps)} scales, one per channel, got {tuple(scale.shape)}", where=irreps
         )
+    # split at once: autograd then makes one gradient of all parts, not a whole one of each
+    sizes, muls = [b.components * b.mul for b in found], [b.mul for b in found]
+    split = [torch.split(t, sizes, dim=1) for t in tensors]
     parts = []
-    for block in found:
-        size = block.components * block.mul
-        views = (t.narrow(1, block.base, size).unflatten(1, (block.components, block.mul)) for t in tensors)
-        parts.append(function(*views, block.l, scale[block.channel :][: block.mul]).flatten(1))
+    for block, s, *pieces in zip(found, torch.split(scale, muls), *split, strict=True):
+        views = (piece.unflatten(1, (block.components, block.mul)) for piece in pieces)
+        parts.append(function(*views, block.l, s).flatten(1))
     return torch.cat(parts, 1) if parts else torch.zeros_like(tensors[0])

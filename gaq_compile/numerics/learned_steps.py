@@ -25,7 +25,9 @@ from .codebooks import norm
 from .weights import QMAX, rows_of
 
 
-def learned_fake_quantize(x: Tensor, steps: Tensor, irreps: str, scheme: ActivationScheme) -> Tensor:
+def learned_fake_quantize(
+    x: Tensor, steps: Tensor, irreps: str, scheme: ActivationScheme, geometric: bool = True
+) -> Tensor:
     """:func:`.activations.fake_quantize` with gradients by ``x`` and ``steps``.
 
     Args:
@@ -33,13 +35,15 @@ def learned_fake_quantize(x: Tensor, steps: Tensor, irreps: str, scheme: Activat
         steps: (n_channels,), positive.
         irreps: of x.
         scheme: the activation scheme.
+        geometric: whether vectors have the gradient of magnitude and direction; if not, each component has
+            one of its own, as if it were rounded alone. Values are the same.
 
     Raises:
         IrrepsError: if x or steps do not fit the irreps.
     """
 
     def block(v: Tensor, l: int, s: Tensor) -> Tensor:
-        if l == 0 or scheme.vector == "component":
+        if l == 0 or scheme.vector == "component" or not geometric:
             return s * _rounded(v / s, -scheme.qmax(l), scheme.qmax(l))
         # Where v = 0 there is no direction: the gradient passes unchanged, as in the kernels.
         nothing = (v == 0).all(-2, keepdim=True)
@@ -67,10 +71,10 @@ def learned_weight(
         spec: the linear.
     """
     stored = scale + (scale.to(torch.bfloat16).float() - scale).detach()
-    parts = []
-    for path in spec.paths:
-        columns = weight[path.offset : path.offset + path.numel].view(-1, path.block_out.mul)
-        s = stored[path.scale_offset : path.scale_offset + path.block_out.mul]
+    parts, widths = [], [path.block_out.mul for path in spec.paths]
+    columns_of = torch.split(weight, [path.numel for path in spec.paths])
+    for path, columns, s in zip(spec.paths, columns_of, torch.split(stored, widths), strict=True):
+        columns = columns.view(-1, path.block_out.mul)
         rows = None if steps is None else rows_of(steps.detach(), path)
         held = columns if rows is None else columns * rows
         made = s * _rounded(held / s, -QMAX[bits], QMAX[bits])

@@ -29,7 +29,7 @@ def fuse_tensor_products(graph_module: GraphModule) -> GraphModule:
     sorted_edges: dict[object, Node] = {}
     for gather, product, scatter in _chains(gm):
         senders, receivers = _gather_index(gather), _scatter_index(gather, scatter)
-        if senders is None or receivers is None or len(product.users) != 1:
+        if senders is None or receivers is None or _read_elsewhere(product, scatter):
             continue
         _, sh, weight, spec, label = product.args
         key = (senders, receivers, str(gather.args[0].meta["val"].shape[0]))
@@ -77,6 +77,18 @@ def _kind(node: Node) -> str:
     if is_call(node, *_GATHERS):
         return "gather"
     return "scatter" if is_call(node, *SCATTERS) else "other"
+
+
+def _read_elsewhere(product: Node, scatter: Node) -> bool:
+    """Whether anything but the sum reads the messages."""
+    return not all(user is scatter or _asks_for_type(user) for user in product.users)
+
+
+def _asks_for_type(node: Node) -> bool:
+    """Whether a node leads to ``messages.new_zeros(...)`` alone, which reads no value."""
+    if is_call(node, gaq.relayout.default):
+        return all(_asks_for_type(user) for user in node.users)
+    return is_call(node, aten.new_zeros.default)
 
 
 def _gather_index(gather: Node) -> Node | None:

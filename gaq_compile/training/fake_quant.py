@@ -28,6 +28,7 @@ from ..numerics.weights import CODES, rows_of
 from ..operators import reference as ref
 from ..passes.graph_tools import add_buffer, aten, attribute, calls, copied, finished, gaq
 from .convolution import convolve, kernels_of
+from .linear import linear
 
 _INSIDE = 0.49  # of a step: how far from its integer a weight starts at most
 
@@ -39,14 +40,19 @@ class FakeQuantized(nn.Module):
         prepared: the float energy graph.
         quantized: the same with integers in place (:func:`~gaq_compile.passes.insert_mddq.insert_mddq`).
         form: their inputs.
+        geometric: whether the gradient of a rounded vector is that of its magnitude and direction
+            (:func:`~gaq_compile.numerics.learned_steps.learned_fake_quantize`).
 
     Raises:
         CaptureError: if a layer of ``quantized`` is not in ``prepared``.
     """
 
-    def __init__(self, prepared: GraphModule, quantized: GraphModule, form: GraphFormat) -> None:
+    def __init__(
+        self, prepared: GraphModule, quantized: GraphModule, form: GraphFormat, geometric: bool = True
+    ) -> None:
         super().__init__()
         self.form, self.quantized = form, (quantized,)  # in a tuple: no submodule
+        self.geometric = geometric
         self.weights, self.logs, self.floats = (nn.ParameterDict() for _ in range(3))
         self._graph = (self._trainable(prepared, quantized),)
 
@@ -142,6 +148,8 @@ class FakeQuantized(nn.Module):
             make = _DIFFERENTIABLE.get(node.target)
             if make is not None:
                 node.target, node.args = make(node)
+            if node.target is _activation:
+                node.args = (*node.args, self.geometric)
         return gm
 
     def _add_weight(self, gm: GraphModule, node: Node, weight: Tensor) -> None:
@@ -218,8 +226,8 @@ def _weight(codes: Tensor, scale: Tensor, steps: Tensor | None, bits: int, spec:
     return learned_weight(codes, scale, steps, bits, linear_spec(spec))
 
 
-def _activation(x: Tensor, steps: Tensor, irreps: str, scheme: str) -> Tensor:
-    return learned_fake_quantize(x, steps, irreps, activation_scheme(scheme))
+def _activation(x: Tensor, steps: Tensor, irreps: str, scheme: str, geometric: bool) -> Tensor:
+    return learned_fake_quantize(x, steps, irreps, activation_scheme(scheme), geometric)
 
 
 def _conv(x: Tensor, sh: Tensor, weight: Tensor, edges: Sequence[Tensor], spec: str) -> Tensor:
@@ -238,6 +246,7 @@ _DIFFERENTIABLE: dict[Any, Callable[[Node], Replacement]] = {
     gaq.decode_weight.default: _without_label(_weight),
     gaq.mddq.default: _without_label(_activation),
     gaq.conv.default: _without_label(_conv),
+    gaq.irreps_linear.default: _without_label(linear),
     gaq.round_half.default: _without_label(_half),
     gaq.gate.default: _without_label(ref.gate),
     gaq.spherical_harmonics.default: _without_label(ref.spherical_harmonics),

@@ -84,6 +84,23 @@ def test_other_scatters(trace, listing, inputs, kind):
     _check(trace, listing, function, inputs, fused=1)
 
 
+def _own_zeros(x, sh, w, senders, receivers):
+    messages = _product(x, sh, w, senders)
+    return messages.new_zeros(x.shape[0], OUT).index_add(0, receivers, messages)
+
+
+def _own_zeros_after_a_relayout(x, sh, w, senders, receivers):
+    messages = _product(x, sh, w, senders)
+    base = ops.relayout(messages, "2x0e+2x1o+1x0e", "mul_ir").new_zeros(x.shape[0], OUT)
+    return base.index_add(0, receivers, messages)
+
+
+@pytest.mark.parametrize("function", [_own_zeros, _own_zeros_after_a_relayout])
+def test_a_sum_into_zeros_of_the_messages_type(trace, listing, inputs, function) -> None:
+    lines = _check(trace, listing, function, inputs, fused=1)
+    assert len(lines) == 3  # no messages are left
+
+
 def test_index_select_gathers_too(trace, listing, inputs):
     def function(x, sh, w, senders, receivers):
         message = ops.tensor_product(torch.index_select(x, 0, senders), sh, w, SPEC, "tp")

@@ -144,7 +144,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=6, help="extra epochs of every row")
     parser.add_argument("--frames", type=int, default=TRAINED, help="that are learned from")
     parser.add_argument("--tests", type=int, default=1000, help="test frames")
-    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--energy-weight", type=float, default=0.2)
     parser.add_argument("--ps", type=float, default=10.0, help="of dynamics")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

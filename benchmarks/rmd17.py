@@ -40,6 +40,7 @@ from rich.console import Console
 import gaq_compile
 from gaq_compile.capture.pretrained import load_model
 from gaq_compile.capture.transformer import TransformerOriginal, form_of
+from gaq_compile.config import QuantConfig, preset
 from gaq_compile.datasets import EXAMPLES, example_structures
 from gaq_compile.errors import VerificationError
 from gaq_compile.integrations.ase import GAQCalculator
@@ -58,7 +59,8 @@ from gaq_compile.verify.measure import alternate_all
 from rmd17_page import page, plot
 
 TRAINED = 950
-CALIBRATION, LEE_FRAMES, ROTATIONS, BATCH = 20, 10, 8, 20
+CALIBRATION, LEE_FRAMES, ROTATIONS, BATCH = 190, 10, 8, 20
+EMA = 0.995
 LEE_WEIGHT, HELD = 0.1, 1  # of GAQ rows: weight of the LEE loss, epochs in which only scalars learn
 
 
@@ -67,7 +69,8 @@ class Row:
     """One line of the table.
 
     ``lee`` and ``held``: whether the LEE loss and the schedule are on. ``geometric``: the gradient of
-    vectors. ``ablation`` rows are of the second table.
+    vectors. ``shares``: of bytes and of 16-bit multiplications, where not the scheme's own. ``ablation``
+    rows are of the second table.
     """
 
     title: str
@@ -76,7 +79,15 @@ class Row:
     lee: bool = False
     held: bool = False
     geometric: bool = True
+    shares: tuple[float, float] | None = None
     ablation: bool = False
+
+    @property
+    def config(self) -> QuantConfig:
+        """What is quantized, and how."""
+        if self.shares is None:
+            return preset(self.scheme)
+        return replace(preset(self.scheme), max_weight_share=self.shares[0], max_wide_share=self.shares[1])
 
 
 ROWS: dict[str, Row] = {
@@ -89,6 +100,14 @@ ROWS: dict[str, Row] = {
     "w8a8": Row("GAQ W8A8", "w8a8", lee=True, held=True),
     "w4a8": Row("GAQ W4A8", "w4a8", lee=True, held=True),
     "exact-w4a8": Row("exact W4A8", "exact-w4a8", held=True),
+    "w4a8-more": Row(
+        "GAQ W4A8, more wide layers (weights 20 %, multiplications 70 %)",
+        "w4a8",
+        lee=True,
+        held=True,
+        shares=(0.2, 0.7),
+    ),
+    "w4": Row("GAQ W4, float activations", "w4", held=True),
     "w4a8-no-lee": Row("without the LEE loss", "w4a8", held=True, ablation=True),
     "w4a8-no-schedule": Row("without the schedule", "w4a8", lee=True, ablation=True),
     "w4a8-plain-gradient": Row(
@@ -141,11 +160,11 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of the .npz files")
     parser.add_argument("--model", help="a checkpoint of the float32 model")
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="which lines; all unless told")
-    parser.add_argument("--epochs", type=int, default=6, help="extra epochs of every row")
+    parser.add_argument("--epochs", type=int, default=4, help="extra epochs of every row")
     parser.add_argument("--frames", type=int, default=TRAINED, help="that are learned from")
     parser.add_argument("--tests", type=int, default=1000, help="test frames")
-    parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--energy-weight", type=float, default=0.2)
+    parser.add_argument("--rate", type=float, default=3e-5)
+    parser.add_argument("--energy-weight", type=float, default=1.0)
     parser.add_argument("--ps", type=float, default=10.0, help="of dynamics")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", type=int, default=20, help="rounds in which steps are timed; 0: none")
@@ -190,7 +209,7 @@ def make(options: argparse.Namespace, name: str, seed: int, model: EuclideanTran
     row, file = ROWS[name], figures_file(options, name, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     calibration = data.train[:: max(1, len(data.train) // CALIBRATION)]
-    before = quantized(model, calibration, row.scheme)
+    before = quantized(model, calibration, row.config)
     settings = settings_of(options, row, seed)
     history: list[dict[str, float]] = []
     after = before
@@ -216,7 +235,7 @@ def make(options: argparse.Namespace, name: str, seed: int, model: EuclideanTran
 def settings_of(options: argparse.Namespace, row: Row, seed: int) -> FitSettings:
     """The same for all rows but for what a row is about."""
     common = FitSettings(
-        options.epochs, 5, options.rate, 20, options.energy_weight, ema=0.99, seed=seed
+        options.epochs, 5, options.rate, 20, options.energy_weight, ema=EMA, seed=seed
     )  # fmt: skip
     held = min(HELD, options.epochs - 1) if row.held else 0
     return replace(common, lee_weight=LEE_WEIGHT if row.lee else 0.0, vectors_from=held)
@@ -251,7 +270,7 @@ def with_own_weights(model: EuclideanTransformer) -> EuclideanTransformer:
     return made
 
 
-def quantized(model: torch.nn.Module, calibration: list[Atoms], scheme: str) -> Potential:
+def quantized(model: torch.nn.Module, calibration: list[Atoms], scheme: str | QuantConfig) -> Potential:
     return gaq_compile.quantize(model, calibration, scheme, measure=False, progress=False)
 
 

@@ -244,10 +244,11 @@ def _build(trace: _Trace, config: QuantConfig) -> _Built:
     if entry is not None:
         stages = entry.graphs
     else:
-        observed = subject.observe(trace.prepared, config, trace.progress)
-        config, choice = _chosen(trace, config, observed)
+        prepared = subject.centered(trace.prepared, config)
+        observed = subject.observe(prepared, config, trace.progress)
+        config, choice = _chosen(trace, prepared, config, observed)
         made = quantize_graph(
-            trace.prepared, config, observed, subject.form, subject.example, subject.calibration_batches,
+            prepared, config, observed, subject.form, subject.example, subject.calibration_batches,
             cached_forces,
         )  # fmt: skip
         made["group_rows"] = group_rows(made["fold_integers"], subject.form, backend)
@@ -292,12 +293,14 @@ def _check_kernels(trace: _Trace, built: _Built) -> None:
     )
 
 
-def _chosen(trace: _Trace, config: QuantConfig, observed: Observed) -> tuple[QuantConfig, dict[str, Any]]:
+def _chosen(
+    trace: _Trace, prepared: GraphModule, config: QuantConfig, observed: Observed
+) -> tuple[QuantConfig, dict[str, Any]]:
     """The configuration with its bits chosen, if it leaves a choice, and how it came about."""
     if config.max_force_error is None:
         return config, {}
-    comparison = trace.subject.comparison(trace.prepared, trace.subject.trials)
-    choice = choose_bits(trace.prepared, config, observed, comparison.error, trace.progress)
+    comparison = trace.subject.comparison(prepared, trace.subject.trials)
+    choice = choose_bits(prepared, config, observed, comparison.error, trace.progress)
     found = {
         "max_force_error_mev_per_a": config.max_force_error,
         "force_mae_mev_per_a": choice.chosen.error.force_mev_per_a,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from .errors import ConfigError
 
-VERSION = 3
+VERSION = 4
 
 # Weights of 8 bits and float activations keep the energy smooth, so the forces stay its gradient;
 # any rounded activation makes the energy piecewise constant and is therefore a choice, not a default.
@@ -202,6 +202,8 @@ class QuantConfig:
         max_force_error: if given, layers get more bits, in the order of what that gains per byte,
             until the measured force error is at most this (meV/Å, mean absolute error of a
             component); what was chosen then replaces ``max_weight_share`` and ``max_wide_share``.
+        centered: whether scalars that enter a layer with a bias are rounded about the middle of their
+            calibrated range, which the bias makes up for.
         overrides: per-layer precision; the last matching pattern wins.
         version: the version of this format.
 
@@ -220,6 +222,7 @@ class QuantConfig:
     max_weight_share: float | None = None
     max_wide_share: float | None = None
     max_force_error: float | None = None
+    centered: bool = False
     overrides: tuple[Override, ...] = ()
     version: int = VERSION
 
@@ -408,6 +411,7 @@ def preset(name: str) -> QuantConfig:
         layer.activation,
         max_weight_share=WEIGHT_SHARES.get(layer.weight_bits or 0),
         max_wide_share=WIDE_SHARE if name.endswith("a8") else None,
+        centered=layer.activation is not None,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from .capture.pretrained import load_model
 from .config import QuantConfig
 from .datasets import evenly_spaced
 from .errors import NoEdgesError
+from .passes.center_inputs import center_inputs
 from .passes.observe import Observed, observe
 from .passes.pipeline import PREPARED, prepare
 from .potential import Potential
@@ -37,6 +39,8 @@ from .verify.types import Evaluate, Prediction, full_stress
 
 RATTLES = (0.03, 0.06, 0.1)  # Å, of the copies that calibration sees
 ENOUGH_ATOMS = 256
+FRAMES, MOVING = 32, 0.01  # so many structures are a trajectory if nearest distances vary so much (Å)
+ROOM = 1.2  # beyond what a trajectory's frames show: another one of its length goes a little further
 MOST_ROUNDS = 30
 BATCH_ATOMS = 64
 ENOUGH_TO_CHOOSE = 128  # atoms
@@ -48,6 +52,7 @@ TRACED_ATOMS = (8, 5)  # 13 atoms with 40 edges, 20 of either direction
 class Subject:
     """What is compiled: a model, its original form, and structures to calibrate and test on.
 
+    ``trajectory``: whether the structures are frames that show by themselves how far the atoms move.
     ``key`` is that of the captured graph in :mod:`.cache`; None where it is not known what it follows from.
     """
 
@@ -59,6 +64,7 @@ class Subject:
     example: list[Tensor]
     calibration: list[Atoms]
     rotates: bool = True
+    trajectory: bool = False
     key: str | None = None
 
     @property
@@ -68,8 +74,10 @@ class Subject:
 
     @property
     def tests(self) -> list[Atoms]:
-        """Perturbed structures that calibration has not seen."""
-        return [_moved(self.structures[0], 0.05, 101), _moved(self.structures[-1], 0.04, 102)]
+        """Perturbed structures that calibration has not seen; frames of a trajectory are moved less."""
+        far = (0.02, 0.02) if self.trajectory else (0.05, 0.04)
+        ends = self.structures[0], self.structures[-1]
+        return [_moved(atoms, d, 101 + k) for k, (atoms, d) in enumerate(zip(ends, far, strict=True))]
 
     @property
     def trials(self) -> list[Atoms]:
@@ -115,8 +123,14 @@ class Subject:
         """Inputs of the calibration structures; neighbours are looked for once."""
         return self.batches(self.calibration)
 
+    def centered(self, prepared: GraphModule, config: QuantConfig) -> GraphModule:
+        """The float energy graph with scalars about the middle of their range, if the scheme says so."""
+        return center_inputs(prepared, config, self.calibration_batches)
+
     def observe(self, prepared: GraphModule, config: QuantConfig, progress: bool = False) -> Observed:
         """What calibration shows of the float energy graph (:func:`.passes.observe.observe`)."""
+        room = ROOM if self.trajectory else 1.0
+        config = replace(config, headroom=config.headroom * room)
         return observe(prepared, config, self.form, self.calibration_batches, progress)
 
     def comparison(self, prepared: GraphModule, structures: Sequence[Atoms]) -> Comparison:
@@ -201,10 +215,11 @@ def _structure_subject(name: str, model: nn.Module, structures: list[Atoms], our
     energy_model = recipe.energy_model(model)
     form = energy_model.form
     _check_edges(structures, form)
-    calibration = _rattled_too(structures)
+    frames = _are_frames(structures)
     return Subject(
         name, energy_model, recipe.original(model, ours), structures, lambda s: collate(s, form),
-        traced_example(structures[0], form), calibration,
+        traced_example(structures[0], form), structures if frames else _rattled_too(structures),
+        trajectory=frames,
     )  # fmt: skip
 
 
@@ -228,6 +243,20 @@ def traced_example(structure: Atoms, form: GraphFormat) -> list[Tensor]:
     chains = [Atoms([symbol] * n, positions=[[step * k, 0.0, 0.0] for k in range(n)]) for n in TRACED_ATOMS]
     tensors = collate(chains, form)
     return [tensors[name] for name in form.inputs]
+
+
+def _are_frames(structures: Sequence[Atoms]) -> bool:
+    """Whether these are frames of one trajectory, which show by themselves how far the atoms move.
+
+    Rattled copies of them would be hotter than what the potential was made for, and one made for a single
+    molecule is beyond its training there: its curvatures, which choose roundings and bits, are then anything.
+    """
+    numbers = structures[0].numbers
+    if len(structures) < FRAMES or any(not np.array_equal(s.numbers, numbers) for s in structures):
+        return False
+    some = evenly_spaced(structures, FRAMES)
+    nearest = [np.sort(s.get_all_distances(mic=bool(s.pbc.any())), axis=1)[:, 1:2] for s in some]
+    return bool(np.std(nearest, axis=0).mean() >= MOVING)
 
 
 def _rattled_too(structures: Sequence[Atoms]) -> list[Atoms]:

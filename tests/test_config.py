@@ -130,6 +130,7 @@ def test_config_round_trips_through_json(config: QuantConfig) -> None:
     [
         {"version": 1},
         {"version": 2},
+        {"version": 3},
         {"version": True},
         {"version": None},
         {"extra": 1},
@@ -193,6 +194,7 @@ def test_presets(name: str, weight_bits: int | None, activation: str | None) -> 
         activation,
         max_weight_share=WEIGHT_SHARES.get(weight_bits or 0),
         max_wide_share=WIDE_SHARE if name.endswith("a8") else None,
+        centered=activation is not None,
     )
     assert (config.observer, config.granularity, config.headroom) == ("minmax", "channel", 1.1)
     assert config.rounds_together == (weight_bits is not None)
@@ -243,7 +245,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_configurations_of_the_first_version_are_refused() -> None:
     """They say nothing of the granularity, and their steps were one per block."""
     data = json.loads(preset("w8a8").to_json())
-    assert data["version"] == 3 and data["granularity"] == "channel"
+    assert data["version"] == 4 and data["granularity"] == "channel"
     del data["granularity"]
     with pytest.raises(ConfigError, match="version"):
         QuantConfig.from_json(json.dumps(data | {"version": 1}))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ase import Atoms
 
-from gaq_compile.subject import Subject, _rattled_too
+from gaq_compile.subject import Subject, _are_frames, _rattled_too
 
 
 def _subject(sizes: list[int]) -> Subject:
@@ -60,3 +60,24 @@ def test_calibration_batches_are_made_once():
     subject = _subject([20, 30])
     (sizes,) = (batch.tolist() for (batch,) in subject.calibration_batches)
     assert sizes == [20, 30] and subject.calibration_batches is subject.calibration_batches
+
+
+def _frames(count: int, moved: float, seed: int = 0) -> list[Atoms]:
+    molecule = Atoms("H8", positions=2.0 * np.arange(24.0).reshape(8, 3))
+    random = np.random.default_rng(seed)
+    return [Atoms("H8", positions=molecule.positions + random.normal(0, moved, (8, 3))) for _ in range(count)]
+
+
+def test_frames_of_a_trajectory_are_not_rattled():
+    """They show how far atoms move; few, still or different structures do not."""
+    assert _are_frames(_frames(32, 0.05))
+    assert not _are_frames(_frames(31, 0.05))
+    assert not _are_frames(_frames(32, 1e-4))
+    assert not _are_frames([*_frames(32, 0.05), Atoms("He8", positions=_frames(1, 0.05)[0].positions)])
+
+
+def test_distances_across_a_cell_count():
+    """One atom that crosses a periodic boundary has not moved."""
+    cell = Atoms("H2", positions=[[0.0, 0, 0], [1.0, 0, 0]], cell=[5, 5, 5], pbc=True)
+    wrapped = Atoms("H2", positions=[[0.0, 0, 0], [-4.0, 0, 0]], cell=[5, 5, 5], pbc=True)
+    assert not _are_frames([cell, wrapped] * 16)

@@ -26,6 +26,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..config import QuantConfig, activation_scheme
+from ..errors import ConfigError
 from ..numerics.packing import pack_int4
 from .calibrate import FEW_BITS, Site, quantization_sites
 from .graph_tools import add_buffer, attribute, calls, copied, finished, gaq, is_call
@@ -45,7 +46,8 @@ def insert_mddq(
     Args:
         graph_module: the float energy graph.
         config: says which activations.
-        activations: scheme and steps by site label, from :func:`.widen_activations.widen_activations`.
+        activations: scheme and steps by site label, from :func:`.widen_activations.widen_activations`;
+            others stay in float.
         weights: integer weights by layer label, from :func:`.round_weights.round_weights`; by
             default each is rounded to nearest.
     """
@@ -53,6 +55,8 @@ def insert_mddq(
     if weights is None:
         weights = round_weights(graph_module, config, ChannelCosts(), activations)
     for site in quantization_sites(gm, config):
+        if site.label not in activations:
+            continue
         weight = weights.get(site.label)
         common = weight is not None and not weight.holds_steps
         _quantize_activation(gm, site, activations[site.label], common)
@@ -85,7 +89,11 @@ def _store_weight(gm: GraphModule, node: Node, weight: RoundedWeight) -> None:
     stored = pack_int4(weight.codes) if bits == 4 else weight.codes
     scale = weight.scale.to(torch.bfloat16)
     names = [add_buffer(gm, f"{label}_codes", stored), add_buffer(gm, f"{label}_scale", scale)]
-    steps = node.args[0].args[1] if weight.holds_steps else None  # type: ignore[union-attr]
+    steps = None
+    if weight.holds_steps:
+        if not is_call(node.args[0], gaq.mddq.default):
+            raise ConfigError("weights that hold the steps of an input that is not rounded", where=label)
+        steps = node.args[0].args[1]  # type: ignore[union-attr]
     with gm.graph.inserting_before(node):
         parts = [gm.graph.get_attr(name) for name in names]
         decoded = gm.graph.call_function(gaq.decode_weight.default, (*parts, steps, bits, spec, label))

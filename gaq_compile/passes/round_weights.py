@@ -82,7 +82,7 @@ class Rounder:
         self._whole = config.granularity == "tensor"
         self._costs = ChannelCosts() if config.rounding == "nearest" else costs
         self._steps = {label: site.steps for label, site in (activations or {}).items()}
-        self._layers = _layers(graph_module, config)
+        self._layers = _layers(graph_module, config, activations)
         self._known: dict[tuple[str, int], RoundedWeight] = {}
 
     def within(self, max_share: float | None) -> dict[str, RoundedWeight]:
@@ -153,14 +153,17 @@ class _Layer:
     bits: tuple[int, ...]
 
 
-def _layers(graph_module: GraphModule, config: QuantConfig) -> dict[str, _Layer]:
+def _layers(
+    graph_module: GraphModule, config: QuantConfig, activations: Mapping[str, RoundedSite] | None
+) -> dict[str, _Layer]:
     found = {}
     for node in calls(graph_module, gaq.irreps_linear.default):
         label, source = str(node.args[-1]), node.args[1]
         bits, activation = config.for_layer(label).weight_bits, config.for_layer(label).activation
         if bits is None or not isinstance(source, Node) or source.op != "get_attr":
             continue  # weights computed at run time stay as they are
-        floats = activation is None or is_one_hot(node.args[0])  # what the weights are multiplied with
+        rounded = activation is not None if activations is None else label in activations
+        floats = not rounded or is_one_hot(node.args[0])  # what the weights are multiplied with
         widest = max(bits, WIDEST if floats else WIDER)
         choice = tuple(b for b in WEIGHT_BITS if bits <= b <= widest)
         weight = attribute(graph_module, source).detach()

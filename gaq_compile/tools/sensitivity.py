@@ -130,7 +130,7 @@ def sensitivity(
     """
     config = resolve(scheme)
     subject, stages = trace(model, example_graph)
-    prepared = stages["tag_irreps"]
+    prepared = subject.centered(stages["tag_irreps"], config)
     variants = _Variants(prepared, config, subject.observe(prepared, config, progress))
     alone = list(variants.alone(nodes))
     if not alone:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gaq_compile.config import activation_scheme, preset, resolve
+from gaq_compile.errors import ConfigError
 from gaq_compile.ir.specs import linear_spec
 from gaq_compile.numerics.activations import fake_quantize
 from gaq_compile.numerics.packing import unpack_int4
@@ -136,10 +137,15 @@ def test_overrides(graph, listing):
     assert sum("decode_weight" in line.split("=")[0] for line in lines) == 1 and "layer_a_codes" in lines[0]
 
 
-def test_missing_steps_are_not_guessed(graph):
-    some = widen_activations(quantization_sites(graph, preset("w8a8"))[:1], STEPS, ChannelCosts(), None)
-    with pytest.raises(KeyError):
-        insert_mddq(graph, preset("w8a8"), some)
+def test_missing_steps_are_not_guessed(graph, listing):
+    """A site without steps stays in float, and weights that hold some need them."""
+    config, sites = preset("w8a8"), quantization_sites(graph, preset("w8a8"))
+    all_, some = (widen_activations(s, STEPS, ChannelCosts(), None) for s in (sites, sites[:1]))
+    after = insert_mddq(graph, config, some)
+    assert sum("gaq.mddq" in line for line in listing(after)) == 1
+    weights = round_weights(graph, config, ChannelCosts(), all_)
+    with pytest.raises(ConfigError, match="not rounded"):
+        insert_mddq(graph, config, some, weights)
 
 
 def test_other_readers_of_an_input_stay_in_float(with_weights, x):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
+import torch
 from ase import Atoms
 from torch import Tensor, nn
 
-from ..models.transformer import EuclideanTransformer
+from ..models.transformer import TINY, EuclideanTransformer, Interaction
+from ..operators.registration import ops
 from .base import EnergyModel, RawPrediction
 from .graphs import GraphFormat, Tensors, collate
 from .modules import swap_first
@@ -25,12 +28,35 @@ class TransformerRecipe:
         return isinstance(model, EuclideanTransformer)
 
     def energy_model(self, model: nn.Module) -> EnergyModel:
-        """The model with its e3nn modules swapped."""
-        return EnergyModel(swap_first(model), form_of(model), "EuclideanTransformer", (True,))
+        """The model with its e3nn modules swapped, and lengths taken as kernels take them."""
+        swapped = swap_first(model)
+        for layer in swapped.layers:  # type: ignore[union-attr]
+            layer.interaction = _Interaction(layer.interaction)  # type: ignore[union-attr]
+        return EnergyModel(swapped, form_of(model), "EuclideanTransformer", (True,))
 
     def original(self, model: nn.Module, ours: bool = False) -> TransformerOriginal:
         """The model as it is."""
         return TransformerOriginal(model if ours else copy.deepcopy(model))
+
+
+class _Interaction(nn.Module):
+    """The model's interaction on component-major vectors: sums and products of whole rows of channels."""
+
+    def __init__(self, plain: Interaction) -> None:
+        super().__init__()
+        self.mix, self.exchange = plain.mix, plain.exchange
+        self.irreps, self.channels = plain.mix.irreps_in, plain.channels
+        self.components = [2 * l + 1 for l in plain.degrees]
+
+    def forward(self, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = ops.relayout(self.mix(vectors), self.irreps, "ir_mul")
+        rows = mixed.split([self.channels] * sum(self.components), dim=1)
+        parts = [rows[end - n : end] for n, end in zip(self.components, accumulate(self.components))]
+        lengths = [torch.sqrt(sum(row.square() for row in part) + TINY) for part in parts]
+        given = self.exchange(torch.cat([x, *lengths], dim=1))
+        to_x, *gates = given.split([self.channels] * (1 + len(parts)), dim=1)
+        scaled = [gate * row for gate, part in zip(gates, parts, strict=True) for row in part]
+        return x + to_x, vectors + ops.relayout(torch.cat(scaled, dim=1), self.irreps, "mul_ir")
 
 
 def form_of(model: nn.Module) -> GraphFormat:

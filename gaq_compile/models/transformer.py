@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .forces import energy_and_forces
 
-_TINY = 1e-6  # of squared norms, so that the gradient of a length of 0 is 0
+TINY = 1e-6  # of squared norms, so that the gradient of a length of 0 is 0
 
 
 @dataclass(frozen=True)
@@ -140,15 +140,11 @@ class EuclideanTransformer(nn.Module):
         species = self.species_of[numbers]  # type: ignore[index]
         basis, envelope = self.radial_basis(edge_vec)
         edges = Edges(self.harmonics(edge_vec), basis, envelope, receivers, senders)
-        h = torch.cat([self.embedding(species), self._no_vectors(numbers)], dim=1)
+        x, vectors = self.embedding(species), None
         for layer in self.layers:
-            h = layer(h, edges, self.neighbours)
-        energies = self.head(h[:, : self.config.channels]).squeeze(1) * self.energy_scale
+            x, vectors = layer(x, vectors, edges, self.neighbours)
+        energies = self.head(x).squeeze(1) * self.energy_scale
         return energies.double() + self.energy_shift[species]  # type: ignore[index]
-
-    def _no_vectors(self, numbers: Tensor) -> Tensor:
-        width = self.config.channels * ((self.config.l_max + 1) ** 2 - 1)
-        return self.embedding.weight.new_zeros(numbers.shape[0], width)
 
     def energy_and_forces(
         self, tensors: Mapping[str, Tensor], create_graph: bool = False
@@ -202,26 +198,32 @@ class RadialBasis(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention to neighbours, then the exchange between an atom's own invariants and equivariants."""
+    """Attention to neighbours, then the exchange between an atom's own invariants and equivariants.
+
+    The first layer is given no equivariant features: there are none before atoms have seen their neighbours.
+    """
 
     def __init__(self, config: TransformerConfig, first: bool) -> None:
         super().__init__()
         self.attention = Attention(config)
         self.convolution = Convolution(config.features if not first else f"{config.channels}x0e", config)
-        self.first, self.channels, self.heads = first, config.channels, config.heads
+        self.channels, self.heads = config.channels, config.heads
         self.mix = o3.Linear(self.convolution.irreps_in, self.convolution.irreps_in)
         self.filters = dense(config.radial, 32, self.convolution.paths * config.channels)
         self.update = o3.Linear(self.convolution.irreps_out, config.features)
         self.interaction = Interaction(config)
 
-    def forward(self, h: Tensor, edges: Edges, neighbours: Tensor) -> Tensor:
-        x = h[:, : self.channels]
+    def forward(
+        self, x: Tensor, vectors: Tensor | None, edges: Edges, neighbours: Tensor
+    ) -> tuple[Tensor, Tensor]:
         alpha = self.attention(x, edges, neighbours)
         shape = (alpha.shape[0], self.convolution.paths, self.heads, self.channels // self.heads)
         weights = self.filters(edges.basis).reshape(shape) * alpha[:, None, :, None]
-        sent = self.mix(x if self.first else h)
+        sent = self.mix(x if vectors is None else torch.cat([x, vectors], dim=1))
         sums = self.convolution(sent, edges.harmonics, weights.flatten(1), edges.receivers, edges.senders)
-        return self.interaction(h + self.update(sums))
+        update = self.update(sums)
+        to_x, to_vectors = update.split([self.channels, update.shape[1] - self.channels], dim=1)
+        return self.interaction(x + to_x, to_vectors if vectors is None else vectors + to_vectors)
 
 
 class Attention(nn.Module):
@@ -298,17 +300,13 @@ class Interaction(nn.Module):
             config.channels * (config.l_max + 1), config.channels, config.channels * (config.l_max + 1)
         )
 
-    def forward(self, h: Tensor) -> Tensor:
-        x, vectors = h[:, : self.channels], self.mix(h[:, self.channels :])
-        parts, start = [], 0
-        for l in self.degrees:
-            width = self.channels * (2 * l + 1)
-            parts.append(vectors[:, start : start + width].reshape(-1, self.channels, 2 * l + 1))
-            start += width
-        lengths = [torch.sqrt(part.square().sum(-1) + _TINY) for part in parts]
-        given = self.exchange(torch.cat([x, *lengths], dim=1)).chunk(1 + len(parts), dim=1)
-        scaled = [(gate[:, :, None] * part).flatten(1) for gate, part in zip(given[1:], parts, strict=True)]
-        return h + torch.cat([given[0], *scaled], dim=1)
+    def forward(self, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = self.mix(vectors).split([self.channels * (2 * l + 1) for l in self.degrees], dim=1)
+        parts = [part.unflatten(1, (self.channels, -1)) for part in mixed]
+        lengths = [torch.sqrt(part.square().sum(-1) + TINY) for part in parts]
+        to_x, *gates = self.exchange(torch.cat([x, *lengths], dim=1)).chunk(1 + len(parts), dim=1)
+        scaled = [(gate[:, :, None] * part).flatten(1) for gate, part in zip(gates, parts, strict=True)]
+        return x + to_x, vectors + torch.cat(scaled, dim=1)
 
 
 def vectors_of(config: TransformerConfig) -> str:
@@ -318,7 +316,7 @@ def vectors_of(config: TransformerConfig) -> str:
 
 def unit(x: Tensor) -> Tensor:
     """Vectors over their lengths; 0 stays 0."""
-    return x / torch.sqrt(x.square().sum(-1, keepdim=True) + _TINY)
+    return x / torch.sqrt(x.square().sum(-1, keepdim=True) + TINY)
 
 
 def dense(given: int, hidden: int, made: int) -> nn.Sequential:

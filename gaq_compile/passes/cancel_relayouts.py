@@ -6,9 +6,12 @@ After:  ``b = linear(x) + c``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.fx import GraphModule, Node
 
-from ..ir.layout import permutation
+from ..ir.layout import dim as irreps_dim
+from ..ir.layout import permutation, simplified
 from .graph_tools import SCATTERS, ZEROS, aten, calls, copied, finished, gaq, is_call, rows_index
 
 # Operators that treat every element of a row alike, so that reordering a row commutes with them;
@@ -33,7 +36,7 @@ def cancel_relayouts(graph_module: GraphModule) -> GraphModule:
     """Remove every layout conversion that a later one undoes; see the module's text."""
     gm = copied(graph_module)
     for node in calls(gm, gaq.relayout.default):
-        if _is_identity(node):
+        if _is_same(str(node.args[1])):
             node.replace_all_uses_with(node.args[0])
     gm.graph.eliminate_dead_code()
     while _cancel_pairs(gm) or _push_down(gm):
@@ -41,8 +44,9 @@ def cancel_relayouts(graph_module: GraphModule) -> GraphModule:
     return finished(gm)
 
 
-def _is_identity(node: Node) -> bool:
-    order = permutation(str(node.args[1]), str(node.args[2]))
+def _is_same(irreps: str) -> bool:
+    """Whether both layouts are the same."""
+    order = permutation(irreps, "ir_mul")
     return order == tuple(range(len(order)))
 
 
@@ -69,7 +73,61 @@ def _push_down(gm: GraphModule) -> bool:
             if _can_pass(user, node):
                 _pass_through(gm, user, str(node.args[1]))
                 return True
+            if is_call(user, aten.cat.default) and _joins_columns(user):
+                _pass_cat(gm, user)
+                return True
+            if is_call(user, aten.split_with_sizes.default) and _pass_split(gm, user, node):
+                return True
     return False
+
+
+def _joins_columns(cat: Node) -> bool:
+    """Whether a cat of matrices puts them side by side, and knows how wide they are."""
+    known = all(_columns(part) is not None for part in cat.args[0])  # type: ignore[union-attr]
+    return known and len(cat.args) > 1 and cat.args[1] in (1, -1)
+
+
+def _columns(node: Node) -> int | None:
+    """How many columns a matrix has, if that is fixed."""
+    shape = getattr(node.meta.get("val"), "shape", ())
+    return int(shape[1]) if len(shape) == 2 and str(shape[1]).isdecimal() else None
+
+
+def _pass_cat(gm: GraphModule, cat: Node) -> None:
+    """Convert after joining: parts in no layout have one number to a channel, which lies alike in both."""
+    parts: list[Node] = list(cat.args[0])  # type: ignore[arg-type]
+    converted = [is_call(p, gaq.relayout.default) and p.args[2] == "mul_ir" for p in parts]
+    irreps = [str(p.args[1]) if c else f"{_columns(p)}x0e" for p, c in zip(parts, converted, strict=True)]
+    cat.update_arg(0, [p.args[0] if c else p for p, c in zip(parts, converted, strict=True)])
+    _convert_after(gm, cat, simplified("+".join(irreps)))
+
+
+def _pass_split(gm: GraphModule, split: Node, node: Node) -> bool:
+    """Convert each part after splitting, if every part is whole blocks."""
+    whole, sizes, *axis = split.args
+    parts = _whole_blocks(str(node.args[1]), sizes)  # type: ignore[arg-type]
+    if whole is not node or axis not in ([1], [-1]) or parts is None:
+        return False
+    split.update_arg(0, node.args[0])
+    for part in list(split.users):
+        _convert_after(gm, part, parts[part.args[1]])  # type: ignore[index]
+    return True
+
+
+def _whole_blocks(irreps: str, sizes: Sequence[int]) -> list[str] | None:
+    """The irreps of parts with so many columns, or None if a block is cut."""
+    entries = [(irreps_dim(e), e) for e in simplified(irreps).split("+")]
+    found: list[str] = []
+    for size in sizes:
+        part: list[str] = []
+        while size > 0 and entries:
+            width, entry = entries.pop(0)
+            size -= width
+            part.append(entry)
+        if size != 0:
+            return None
+        found.append("+".join(part))
+    return found
 
 
 def _can_pass(user: Node, node: Node) -> bool:
@@ -99,7 +157,14 @@ def _is_scalar(value: object) -> bool:
 def _pass_through(gm: GraphModule, user: Node, irreps: str) -> None:
     for i in _ROWWISE[user.target]:
         user.update_arg(i, user.args[i].args[0])  # type: ignore[union-attr]
-    with gm.graph.inserting_after(user):
-        after = gm.graph.call_function(gaq.relayout.default, (user, irreps, "mul_ir"))
-    after.meta["val"] = user.meta.get("val")
-    user.replace_all_uses_with(after, delete_user_cb=lambda u: u is not after)
+    _convert_after(gm, user, irreps)
+
+
+def _convert_after(gm: GraphModule, node: Node, irreps: str) -> None:
+    """Let all users read a node in e3nn's layout again, where it differs."""
+    if _is_same(irreps):
+        return
+    with gm.graph.inserting_after(node):
+        after = gm.graph.call_function(gaq.relayout.default, (node, irreps, "mul_ir"))
+    after.meta["val"] = node.meta.get("val")
+    node.replace_all_uses_with(after, delete_user_cb=lambda u: u is not after)

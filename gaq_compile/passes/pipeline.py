@@ -20,6 +20,7 @@ from .observe import Observed
 from .pack_rows import pack_rows
 from .round_weights import round_weights
 from .scale_convolutions import scale_convolutions
+from .scale_harmonics import scale_harmonics
 from .shift_energies import shift_energies
 from .simplify import simplify
 from .tag_irreps import tag_irreps
@@ -30,7 +31,8 @@ Derivation = Callable[[GraphModule, GraphFormat, Sequence[Tensor]], GraphModule]
 PREPARED = "tag_irreps"  # the last stage of :func:`prepare`
 # On the captured energy graph, before anything is quantized.
 ENERGY_PASSES: tuple[Pass, ...] = (
-    simplify, cancel_relayouts, fuse_tensor_products, scale_convolutions, simplify, tag_irreps,
+    simplify, cancel_relayouts, fuse_tensor_products, scale_convolutions, scale_harmonics, simplify,
+    tag_irreps,
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Weights may have one row for edge e and its reverse, e + E / 2; their gradient t
 
 Both kernels run in parallel over nodes and visit a node's edges in chunks (of 16, unless tuning has
 found better: :class:`ConvSchedule`). A chunk's spherical harmonics are contracted with the
-Clebsch-Gordan constants once, for all channels and a vector of edges at a time:
+Clebsch-Gordan constants once, for all channels (of a head) and a vector of edges at a time:
 
     A[m1, m3] = coefficient * sum_m2 C[m1, m2, m3] * sh[m2]
 
@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -38,8 +38,21 @@ import torch
 from ...ir.layout import Block
 from ...ir.specs import GRADIENT_EXPONENT, TensorProductPath
 from .build import compile_kernel
+from .conv_harmonics import (
+    clear_harmonics,
+    contract_harmonics,
+    gathered_harmonics,
+    grad_sh_memory,
+    grad_sh_path,
+    grad_sh_slot,
+    harmonics_memory,
+    head_of_tile,
+    reduce_grad_sh,
+    symbol_place,
+    zero_grad_sh,
+)
 from .conv_schedule import DEFAULT, ConvSchedule, conv_schedule_from
-from .conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_problem, conv_width, weight_row
+from .conv_terms import Pair, PathTerms, Problem, conv_buffers, conv_width, folded_problem, weight_row
 from .database import by_bucket, problem_text, threads, tuned
 from .emit import (
     block_lanes,
@@ -79,7 +92,7 @@ def conv_forward(spec: str, target: str) -> Launch:
         IrrepsError: if the spec violates the selection rules.
         LoweringError: if TVM rejects the kernel.
     """
-    problem = conv_problem(spec)
+    problem = folded_problem(spec)
     widths = [(conv_width(problem, name),) for name in ("x", "sh", "weight", "out")]
     tensors = [Input(0, widths[0]), Input(1, widths[1]), Input(2, widths[2], _weight_type(problem))]
     edges = [Input(3 + k, dtype=torch.int32) for k in (0, 2, 3)]
@@ -98,7 +111,7 @@ def conv_backward(spec: str, target: str) -> Launch:
     ``grad`` is (N, dim_out); the other arguments, shapes and errors are :func:`conv_forward`'s. Each node's
     edges come in ascending order. The gradients have their tensors' shapes.
     """
-    problem = conv_problem(spec)
+    problem = folded_problem(spec)
     widths = [(conv_width(problem, name),) for name in ("out", "x", "sh", "weight")]
     dtypes = (*[torch.float32] * 3, _weight_type(problem))
     tensors = [Input(k, row, dtype) for k, (row, dtype) in enumerate(zip(widths, dtypes, strict=True))]
@@ -138,10 +151,10 @@ def forward_source(spec: str, lanes: int, schedule: ConvSchedule = DEFAULT) -> s
         lanes: float32 per vector register of the target.
         schedule: the kernel's constants.
     """
-    problem = conv_problem(spec)
+    problem = folded_problem(spec)
     inner: list[str] = []
     for group in _accumulator_groups(problem, schedule.sums or _SUMS):
-        inner += _forward_group(group, lanes, schedule)
+        inner += _forward_group(problem, group, lanes, schedule)
     sides = _Sides("senders", "out", conv_width(problem, "out"))
     body = _per_node(problem, lanes, sides, inner, schedule.chunk)
     return kernel_text(
@@ -154,13 +167,13 @@ def forward_source(spec: str, lanes: int, schedule: ConvSchedule = DEFAULT) -> s
 def backward_source(spec: str, lanes: int, schedule: ConvSchedule = DEFAULT) -> str:
     """TVMScript of ``main(grad, x, sh, weight, receivers, sender_ptr, sender_order, grad_x, grad_sh,
     grad_weight)``; arguments as for :func:`forward_source`."""
-    problem = conv_problem(spec)
-    widest = max((block_lanes(g[0].path.block_x.mul, lanes) for g in problem.by_input), default=1)
-    edge = _zero_grad_sh(problem, widest)
+    problem = folded_problem(spec)
+    widest = max((_lanes(problem, g[0].path.block_x, lanes) for g in problem.by_input), default=1)
+    edge = zero_grad_sh(problem, widest)
     for group in problem.by_input:
         edge += _backward_group(problem, group, (lanes, widest), schedule)
-    edge += _reduce_grad_sh(problem, widest)
-    inner = [*_grad_sh_memory(problem, widest), *loop("j in T.serial(count)", edge)]
+    edge += reduce_grad_sh(problem, widest)
+    inner = [*grad_sh_memory(problem, widest), *loop("j in T.serial(count)", edge)]
     sides = _Sides("receivers", "grad_x", conv_width(problem, "x"), sweeps=True)
     body = _per_node(problem, lanes, sides, inner, schedule.chunk)
     given = ("grad", "x", "sh", "weight", "receivers", "ptr", "order")
@@ -188,17 +201,14 @@ def _per_node(problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str],
         f"node[j] = {sides.gathered}[edge[j]]",
         f"ahead_node[j] = {sides.gathered}[ahead[j]]",
     ]
-    gather += [f"harmonic[{k * size} + j] = sh[edge[j], {c}]" for k, c in enumerate(problem.columns)]
+    gather += gathered_harmonics(problem, size)
     chunk = [
         f"first: T.let = start + c * {size}",
         f"count: T.let = T.min(stop - first, {size})",
         *loop("j in T.serial(count)", gather),
-        *_contract_harmonics(problem, lanes, size),
+        *contract_harmonics(problem, lanes, size),
         *inner,
     ]
-    # Unused lanes of the last chunk are computed too: zeros, not whatever the stack holds.
-    clear = vector("harmonic", f"z * {lanes}", lanes)
-    columns = max(1, len(problem.columns))
     node = [
         local("edge", size, "int32"),
         local("ahead", size, "int32"),
@@ -206,11 +216,10 @@ def _per_node(problem: Problem, lanes: int, sides: _Sides, inner: Sequence[str],
         local("ahead_row", size, "int32"),
         local("node", size, "int32"),
         local("ahead_node", size, "int32"),
-        local("harmonic", columns * size),
-        local("A", max(1, len(problem.symbols)) * size),
+        *harmonics_memory(problem, size),
         "low: T.let = ptr[i]",
         "high: T.let = ptr[i + 1]",
-        *loop(f"z in T.serial({columns * size // lanes})", [f"{clear} = {splat(literal(0.0), lanes)}"]),
+        *clear_harmonics(problem, lanes, size),
         *_begin(sides, lanes),
         *loop(f"c in T.serial((stop - start + {size - 1}) // {size})", chunk),
     ]
@@ -263,19 +272,6 @@ def _middle(k: int, node: str) -> list[str]:
     return [f"middle[{k}] = ptr[{node}]", *loop(f"k in T.serial(ptr[{node} + 1] - ptr[{node}])", [count])]
 
 
-def _contract_harmonics(problem: Problem, lanes: int, size: int) -> list[str]:
-    """``A[symbol, edge]`` for the chunk, vectorised over its edges."""
-    place = {column: k for k, column in enumerate(problem.columns)}
-    lines = []
-    for k, form in enumerate(problem.symbols):
-        terms = [
-            (1, f"{vector('harmonic', f'{place[c] * size} + v * {lanes}', lanes)} * {literal(value)}")
-            for c, value in form
-        ]
-        lines.append(f"{vector('A', f'{k * size} + v * {lanes}', lanes)} = {signed_sum(terms)}")
-    return loop(f"v in T.serial({size // lanes})", lines)
-
-
 def _accumulator_groups(problem: Problem, budget: int) -> list[tuple[PathTerms, ...]]:
     """Paths of one input block that fit ``budget`` vector registers of sums."""
     groups: list[tuple[PathTerms, ...]] = []
@@ -298,8 +294,14 @@ def _element(block: Block, component: int, lanes: int) -> str:
     return f"{block.base + component * block.stride} + t * {lanes}"
 
 
-def _symbol(pair: Pair, lanes: int, chunk: int, place: str = "j") -> str:
-    return splat(f"A[{pair.symbol * chunk} + {place}]", lanes)
+def _lanes(problem: Problem, block: Block, lanes: int) -> int:
+    """Channels of a block that are computed at once: of one head."""
+    return block_lanes(block.mul // problem.heads, lanes)
+
+
+def _symbol(problem: Problem, block: Block, lanes: int, chunk: int, pair: Pair, place: str = "j") -> str:
+    head = head_of_tile(problem, block.mul, lanes)
+    return splat(f"A[{symbol_place(problem, pair.symbol, head, chunk, place)}]", lanes)
 
 
 def _every_tile(path: TensorProductPath) -> str:
@@ -318,10 +320,12 @@ def _ahead(buffer: str, index: str, level: int, row: str = "ahead_row[j]") -> li
     return [text.replace(", 0, 2, 1))", f", 0, {4 - level}, 1))")] if level else []
 
 
-def _forward_group(group: Sequence[PathTerms], lanes: int, schedule: ConvSchedule) -> list[str]:
+def _forward_group(
+    problem: Problem, group: Sequence[PathTerms], lanes: int, schedule: ConvSchedule
+) -> list[str]:
     """``out[m3] += w * A[m1, m3] * x[m1]`` over a chunk, sums in registers."""
     block = group[0].path.block_x
-    lanes = block_lanes(block.mul, lanes)
+    lanes = _lanes(problem, block, lanes)
     name = f"sum_{block.base}_{group[0].path.offset}"
     slots: dict[tuple[int, int], int] = {}
     opening, closing = [], []
@@ -343,13 +347,13 @@ def _forward_group(group: Sequence[PathTerms], lanes: int, schedule: ConvSchedul
             m3: vector(name, str(slots[terms.path.block_out.base, m3] * lanes), lanes)
             for m3 in range(terms.path.block_out.components)
         }
-        edge += _forward_path(terms, k, lanes, sums, schedule)
+        edge += _forward_path(problem, terms, k, lanes, sums, schedule)
     tile = [*opening, *loop("j in T.serial(count)", edge), *closing]
     return [local(name, len(slots) * lanes), *loop(f"t in T.serial({block.mul // lanes})", tile)]
 
 
 def _forward_path(
-    terms: PathTerms, k: int, lanes: int, sums: dict[int, str], schedule: ConvSchedule
+    problem: Problem, terms: PathTerms, k: int, lanes: int, sums: dict[int, str], schedule: ConvSchedule
 ) -> list[str]:
     """One path on one edge, in the cheapest of three orders of multiplication."""
     path = terms.path
@@ -358,11 +362,12 @@ def _forward_path(
         *_ahead("weight", weight, schedule.prefetch),
         f"w{k}: T.let = {_weight(terms, 'weight', weight, lanes)}",
     ]
+    symbol = partial(_symbol, problem, path.block_x, lanes, schedule.chunk)
     by_out: dict[int, list[Pair]] = {}
     for pair in terms.pairs:
         by_out.setdefault(pair.m3, []).append(pair)
     if len(terms.symbols) == 1:
-        lines.append(f"a{k}: T.let = w{k} * {_symbol(terms.pairs[0], lanes, schedule.chunk)}")
+        lines.append(f"a{k}: T.let = w{k} * {symbol(terms.pairs[0])}")
         for m3, pairs in by_out.items():
             lines.append(
                 f"{sums[m3]} = " + signed_sum([(p.sign, f"a{k} * x{p.m1}") for p in pairs], sums[m3])
@@ -370,44 +375,12 @@ def _forward_path(
     elif path.block_x.l <= path.block_out.l:
         lines += [f"y{k}_{m}: T.let = w{k} * x{m}" for m in range(path.block_x.components)]
         for m3, pairs in by_out.items():
-            products = [(p.sign, f"{_symbol(p, lanes, schedule.chunk)} * y{k}_{p.m1}") for p in pairs]
+            products = [(p.sign, f"{symbol(p)} * y{k}_{p.m1}") for p in pairs]
             lines.append(f"{sums[m3]} = {signed_sum(products, sums[m3])}")
     else:
         for m3, pairs in by_out.items():
-            inner = signed_sum([(p.sign, f"{_symbol(p, lanes, schedule.chunk)} * x{p.m1}") for p in pairs])
+            inner = signed_sum([(p.sign, f"{symbol(p)} * x{p.m1}") for p in pairs])
             lines.append(f"{sums[m3]} = {sums[m3]} + w{k} * ({inner})")
-    return lines
-
-
-def _grad_sh_slot(problem: Problem, column: int, widest: int) -> str:
-    """Where an edge's partial grad_sh lies: one vector per column."""
-    return str(problem.columns.index(column) * widest)
-
-
-def _grad_sh_memory(problem: Problem, widest: int) -> list[str]:
-    return [local("partial", max(1, len(problem.columns)) * widest), local("halves", max(2, widest))]
-
-
-def _zero_grad_sh(problem: Problem, widest: int) -> list[str]:
-    zero = splat(literal(0.0), widest)
-    return [
-        f"{vector('partial', _grad_sh_slot(problem, c, widest), widest)} = {zero}" for c in problem.columns
-    ]
-
-
-def _reduce_grad_sh(problem: Problem, widest: int) -> list[str]:
-    """Sum each partial vector over its lanes, by halving: a fixed order, so the same bits always."""
-    lines = []
-    for column in range(conv_width(problem, "sh")):
-        if column not in problem.columns:
-            lines.append(f"grad_sh[edge[j], {column}] = {literal(0.0)}")
-            continue
-        at, source, half = _grad_sh_slot(problem, column, widest), "partial", widest // 2
-        while half >= 1:
-            total = f"{vector(source, at, half)} + {vector(source, f'{at} + {half}', half)}"
-            lines.append(f"{vector('halves', str(half), half)} = {total}")
-            at, source, half = str(half), "halves", half // 2
-        lines.append(f"grad_sh[edge[j], {column}] = {source}[{at}]")
     return lines
 
 
@@ -419,17 +392,18 @@ def _backward_group(
     ``widths`` are the lanes of a register and of the widest partial sums of grad_sh.
     """
     block = group[0].path.block_x
-    lanes, widest = block_lanes(block.mul, widths[0]), widths[1]
+    lanes, widest = _lanes(problem, block, widths[0]), widths[1]
+    head = head_of_tile(problem, block.mul, lanes)
     components = range(block.components)
     columns = sorted({t.column for terms in group for t in terms.triples})
-    slots = {c: vector("partial", _grad_sh_slot(problem, c, widest), lanes) for c in columns}
+    slots = {c: vector("partial", grad_sh_slot(problem, c, widest, head), lanes) for c in columns}
     tile = [f"x{m}: T.let = {vector('x', _element(block, m, lanes), lanes, 'i')}" for m in components]
     tile += [f"s{c}_0: T.let = {slot}" for c, slot in slots.items()]
     sums: dict[int, list[str]] = {m: [] for m in components}
     version = dict.fromkeys(columns, 0)
     for k, terms in enumerate(group):
-        tile += _backward_path(terms, k, lanes, sums, schedule)
-        tile += _grad_sh_path(terms, k, version)
+        tile += _backward_path(problem, terms, k, lanes, sums, schedule)
+        tile += grad_sh_path(terms, k, version)
     for m, found in sums.items():
         if found:
             home = vector("grad_x", _element(block, m, lanes), lanes, "i")
@@ -439,7 +413,12 @@ def _backward_group(
 
 
 def _backward_path(
-    terms: PathTerms, k: int, lanes: int, sums: Mapping[int, list[str]], schedule: ConvSchedule
+    problem: Problem,
+    terms: PathTerms,
+    k: int,
+    lanes: int,
+    sums: Mapping[int, list[str]],
+    schedule: ConvSchedule,
 ) -> list[str]:
     """``H[m1]``, terms of grad_x, and grad_weight; leaves ``w``, ``g`` and ``y = w * x`` bound."""
     path = terms.path
@@ -456,7 +435,8 @@ def _backward_path(
     by_in: dict[int, list[Pair]] = {}
     for pair in terms.pairs:
         by_in.setdefault(pair.m1, []).append(pair)
-    symbols = {p: _symbol(p, lanes, schedule.chunk, _every_tile(path)) for p in terms.pairs}
+    symbol = partial(_symbol, problem, path.block_x, lanes, schedule.chunk, place=_every_tile(path))
+    symbols = {p: symbol(p) for p in terms.pairs}
     for m1, pairs in by_in.items():
         total = signed_sum([(p.sign, f"{symbols[p]} * g{k}_{p.m3}") for p in pairs])
         lines.append(f"h{k}_{m1}: T.let = {total}")
@@ -477,27 +457,3 @@ def _weight(terms: PathTerms, buffer: str, place: str, lanes: int) -> str:
     """Weights of edge ``j``, or their gradient, as they are stored, in float32."""
     stored = vector(buffer, place, lanes, "row[j]")
     return f'T.Cast("{many("float32", lanes)}", {stored})' if terms.half else stored
-
-
-def _grad_sh_path(terms: PathTerms, k: int, version: dict[int, int]) -> list[str]:
-    """Add one path to the partial grad_sh; products with the same constant are summed first."""
-    sizes = {abs(t.value) for t in terms.triples}
-    single = len(sizes) == 1
-    lines = [f"c{k}: T.let = w{k} * {literal(min(sizes))}"] if single else []
-    weight = f"c{k}" if single else f"w{k}"
-    lines += [f"y{k}_{m}: T.let = {weight} * x{m}" for m in range(terms.path.block_x.components)]
-    for column in sorted({t.column for t in terms.triples}):
-        for size in sorted({abs(t.value) for t in terms.triples if t.column == column}):
-            products = [
-                (1 if t.value > 0 else -1, f"y{k}_{t.m1} * g{k}_{t.m3}")
-                for t in terms.triples
-                if t.column == column and abs(t.value) == size
-            ]
-            before = f"s{column}_{version[column]}"
-            version[column] += 1
-            after = f"s{column}_{version[column]}: T.let = "
-            if single:
-                lines.append(after + signed_sum(products, before))
-            else:
-                lines.append(f"{after}{before} + ({signed_sum(products)}) * {literal(size)}")
-    return lines

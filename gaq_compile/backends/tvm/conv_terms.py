@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from e3nn.o3 import wigner_3j
 
-from ...ir.layout import dim
+from ...ir.layout import Block, blocks, dim
 from ...ir.specs import TensorProductPath, TensorProductSpec, tensor_product_spec
 
 _DIGITS = 12  # Clebsch-Gordan constants that agree to this many digits are the same number
@@ -56,11 +57,17 @@ class Problem:
     """A convolution with everything that its kernels need to know.
 
     ``symbols[k]`` is the linear form ``sum value * sh[column]`` as ``((column, value), ...)``.
+
+    Attributes:
+        heads: how often the terms are repeated (:func:`folded_problem`): blocks have so many equal parts, and
+            each part harmonics of its own, ``step`` columns behind those of the part before.
     """
 
     spec: TensorProductSpec
     terms: tuple[PathTerms, ...]
     symbols: tuple[Form, ...]
+    heads: int = 1
+    step: int = 0
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -114,9 +121,60 @@ def conv_problem(spec: str) -> Problem:
         IrrepsError: if the spec violates the selection rules.
     """
     parsed = tensor_product_spec(spec)
+    return _unrolled(parsed, parsed.paths)
+
+
+def _unrolled(spec: TensorProductSpec, paths: Sequence[TensorProductPath]) -> Problem:
     known: dict[Form, int] = {}
-    unrolled = tuple(replace(_path_terms(path, known), half=parsed.half) for path in parsed.paths)
-    return Problem(parsed, unrolled, tuple(known))
+    terms = tuple(replace(_path_terms(path, known), half=spec.half) for path in paths)
+    return Problem(spec, terms, tuple(known))
+
+
+@lru_cache(maxsize=256)
+def folded_problem(spec: str) -> Problem:
+    """The same with paths that repeat for every head as one: of all heads' channels, with the first's columns.
+
+    Heads are parts of a block with harmonics of their own (:mod:`....passes.scale_harmonics`). As paths of
+    their own they would be so many times the code.
+
+    Raises:
+        IrrepsError: if the spec violates the selection rules.
+    """
+    parsed = tensor_product_spec(spec)
+    heads = _heads(parsed)
+    if heads == 1:
+        return conv_problem(spec)
+    whole = []
+    for first in parsed.paths[::heads]:
+        x, out = (replace(b, mul=b.mul * heads) for b in (first.block_x, first.block_out))
+        whole.append(replace(first, block_x=x, block_out=out))
+    return replace(_unrolled(parsed, whole), heads=heads, step=dim(parsed.irreps_sh) // heads)
+
+
+def _heads(spec: TensorProductSpec) -> int:
+    """How many paths in a row are the same path of one head after another."""
+    entries = spec.irreps_sh.split("+")
+    for heads in range(len(entries), 1, -1):
+        alike = entries == entries[: len(entries) // heads] * heads
+        if alike and len(spec.paths) % heads == 0 and _repeats(spec, heads):
+            return heads
+    return 1
+
+
+def _repeats(spec: TensorProductSpec, heads: int) -> bool:
+    """Whether every path of head ``h`` is the first head's, ``h`` times its channels and harmonics further on."""
+    step = dim(spec.irreps_sh) // heads
+    for k, path in enumerate(spec.paths):
+        first, h = spec.paths[k - k % heads], k % heads
+        x, out = (_moved(b, h * b.mul, h * b.mul) for b in (first.block_x, first.block_out))
+        sh = _moved(first.block_sh, h * step, h * (len(blocks(spec.irreps_sh)) // heads))
+        if path != replace(first, block_x=x, block_out=out, block_sh=sh, offset=first.offset + h * x.mul):
+            return False
+    return True
+
+
+def _moved(block: Block, base: int, channel: int) -> Block:
+    return replace(block, base=block.base + base, channel=block.channel + channel)
 
 
 def _path_terms(path: TensorProductPath, known: dict[Form, int]) -> PathTerms:

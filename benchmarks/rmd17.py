@@ -61,33 +61,36 @@ from rmd17_page import page, plot
 TRAINED = 950
 CALIBRATION, LEE_FRAMES, ROTATIONS, BATCH = 190, 10, 8, 20
 EMA = 0.995
-LEE_WEIGHT, HELD = 0.1, 1  # of GAQ rows: weight of the LEE loss, epochs in which only scalars learn
+LEE_WEIGHT, HELD = 0.1, 1  # where these are on: weight of the LEE loss, epochs in which only scalars learn
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the table.
 
-    ``lee`` and ``held``: whether the LEE loss and the schedule are on. ``geometric``: the gradient of
-    vectors. ``shares``: of bytes and of 16-bit multiplications, where not the scheme's own. ``ablation``
-    rows are of the second table.
+    ``wide``: of the multiplications, the share whose inputs may have 16 bits, where not the scheme's own;
+    ``activation``: likewise. ``lee``, ``held``, ``geometric``: whether the LEE loss and the schedule are on,
+    and the gradient of vectors. ``ablation`` rows are of the second table, which takes one thing away from
+    W4A8, or adds one.
     """
 
     title: str
     scheme: str
     trained: bool = True
+    wide: float | None = None
+    activation: str | None = None
     lee: bool = False
     held: bool = False
     geometric: bool = True
-    shares: tuple[float, float] | None = None
     ablation: bool = False
 
     @property
     def config(self) -> QuantConfig:
         """What is quantized, and how."""
-        if self.shares is None:
-            return preset(self.scheme)
-        return replace(preset(self.scheme), max_weight_share=self.shares[0], max_wide_share=self.shares[1])
+        config = preset(self.scheme)
+        wide = config.max_wide_share if self.wide is None else self.wide or None
+        activation = self.activation or config.activation
+        return replace(config, max_wide_share=wide, activation=activation)
 
 
 ROWS: dict[str, Row] = {
@@ -97,23 +100,21 @@ ROWS: dict[str, Row] = {
     "naive-w4a8": Row("naive W4A8", "naive-w4a8"),
     "degree-w4a8": Row("Degree-Quant W4A8", "degree-w4a8"),
     "svq-w4a8": Row("SVQ-KMeans W4A8", "svq-w4a8"),
-    "w8a8": Row("GAQ W8A8", "w8a8", lee=True, held=True),
-    "w4a8": Row("GAQ W4A8", "w4a8", lee=True, held=True),
-    "exact-w4a8": Row("exact W4A8", "exact-w4a8", held=True),
-    "w4a8-more": Row(
-        "GAQ W4A8, more wide layers (weights 20 %, multiplications 70 %)",
-        "w4a8",
-        lee=True,
-        held=True,
-        shares=(0.2, 0.7),
+    "w8a8": Row("GAQ W8A8", "w8a8"),
+    "w4a8": Row("GAQ W4A8", "w4a8"),
+    "w4a8-half": Row("GAQ W4A8, half of it at 16 bits", "w4a8", wide=0.5),
+    "exact-w4a8": Row("exact W4A8", "exact-w4a8"),
+    "exact-w4a8-half": Row("exact W4A8, half of it at 16 bits", "exact-w4a8", wide=0.5),
+    "w4a16": Row("GAQ W4A16", "w4a16"),
+    "w4": Row("W4, float activations", "w4"),
+    "w4a8-lee": Row("with the LEE loss", "w4a8", lee=True, ablation=True),
+    "w4a8-schedule": Row("with vectors held for the first epoch", "w4a8", held=True, ablation=True),
+    "w4a8-components": Row(
+        "without MDDQ: components of 8 bits", "w4a8", activation="s8 c8", ablation=True
     ),
-    "w4": Row("GAQ W4, float activations", "w4", held=True),
-    "w4a8-no-lee": Row("without the LEE loss", "w4a8", held=True, ablation=True),
-    "w4a8-no-schedule": Row("without the schedule", "w4a8", lee=True, ablation=True),
-    "w4a8-plain-gradient": Row(
-        "without the geometric gradient", "w4a8", lee=True, held=True, geometric=False, ablation=True
-    ),
-}
+    "w4a8-plain-gradient": Row("without the geometric gradient", "w4a8", geometric=False, ablation=True),
+    "w4a8-narrow": Row("without 16-bit layers", "w4a8", wide=0.0, ablation=True),
+}  # fmt: skip
 QUICK = ("fp32", "fp32-again", "naive-w4a8", "w4a8")
 
 

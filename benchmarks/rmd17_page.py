@@ -23,10 +23,10 @@ def page(known: Mapping[str, Any]) -> str:
         lines += [_line(row, timed.get(name)) for name, row in rows.items() if not row["ablation"]]
         ablations = {name: row for name, row in rows.items() if row["ablation"]}
         if ablations and "w4a8" in rows:
-            whole = {**rows["w4a8"], "title": "GAQ W4A8, whole"}
+            whole = {**rows["w4a8"], "title": "GAQ W4A8, as above"}
             lines += [
                 "",
-                "Left out, one at a time:",
+                "One thing changed at a time:",
                 "",
                 HEAD,
                 "|---" * 9 + "|",

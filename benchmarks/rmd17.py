@@ -51,7 +51,7 @@ from gaq_compile.training.convolution import with_fast_convolutions
 from gaq_compile.training.distill import shaken, taught
 from gaq_compile.training.fake_quant import FakeQuantized
 from gaq_compile.training.finetune import compiled
-from gaq_compile.training.fit import FitSettings, fit
+from gaq_compile.training.fit import FitSettings, fit, missing_energies
 from gaq_compile.training.frames import Frames, read_rmd17
 from gaq_compile.verify.dynamics import Settings, nve
 from gaq_compile.verify.equivariance import equivariance
@@ -257,10 +257,13 @@ def trained(
     if row.scheme == "fp32":
         again = with_own_weights(model)
         history = fit(with_fast_convolutions(again), *frames, settings, folder)
+        for number, energy in missing_energies(again, frames[0]).items():
+            again.energy_shift[again.species_of[number]] += energy  # type: ignore[index,operator]
         return quantized(again, calibration, "fp32"), history
     graphs = before.graphs
     learner = FakeQuantized(graphs[PREPARED], graphs["insert_mddq"], before.form, row.geometric)
     history = fit(learner, *frames, settings, folder)
+    learner.shift_energies(missing_energies(learner, frames[0]))
     return compiled(before, learner, data.valid[0]), history
 
 

@@ -247,7 +247,8 @@ def _build(trace: _Trace, config: QuantConfig) -> _Built:
         prepared = subject.centered(trace.prepared, config)
         observed = subject.observe(prepared, config, trace.progress)
         config, choice = _chosen(trace, prepared, config, observed)
-        made = quantize_graph(
+        made = {"center_inputs": prepared} if config.centered else {}
+        made |= quantize_graph(
             prepared, config, observed, subject.form, subject.example, subject.calibration_batches,
             cached_forces,
         )  # fmt: skip

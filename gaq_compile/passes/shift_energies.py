@@ -14,13 +14,14 @@ A shift per element moves no atom: forces, symmetry and true gradients stay as t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ..capture.graphs import GraphFormat
-from .graph_tools import add_buffer, aten, copied, finished
+from .graph_tools import add_buffer, aten, copied, finished, is_call
 
 
 def shift_energies(
@@ -58,3 +59,13 @@ def _shifted(quantized: GraphModule, shift: Tensor) -> GraphModule:
         total = gm.graph.call_function(aten.add.Tensor, (output.args[0], per_atom))
     output.args = (total,)
     return finished(gm)
+
+
+def shift_table(shifted: GraphModule) -> Node | None:
+    """The table (a ``get_attr`` node) that :func:`shift_energies` has added to a graph; None if it has not."""
+    total = shifted.graph.output_node().args[0]
+    per_atom = total.args[1] if isinstance(total, Node) and is_call(total, aten.add.Tensor) else None
+    if not isinstance(per_atom, Node) or not is_call(per_atom, aten.index.Tensor):
+        return None
+    table, (numbers,) = cast(Any, per_atom.args)
+    return table if (table.op, numbers.op, numbers.name) == ("get_attr", "placeholder", "numbers") else None

@@ -27,6 +27,7 @@ from ..numerics.packing import pack_int4, unpack_int4
 from ..numerics.weights import CODES, rows_of
 from ..operators import reference as ref
 from ..passes.graph_tools import add_buffer, aten, attribute, calls, copied, finished, gaq
+from ..passes.shift_energies import shift_table
 from .convolution import convolve, kernels_of
 from .linear import linear
 
@@ -55,6 +56,10 @@ class FakeQuantized(nn.Module):
         self.geometric = geometric
         self.weights, self.logs, self.floats = (nn.ParameterDict() for _ in range(3))
         self._graph = (self._trainable(prepared, quantized),)
+        table = shift_table(quantized)
+        self._table = None if table is None else str(table.target)
+        shifts = None if table is None else attribute(quantized, table).clone()
+        self.register_buffer("energy_shift", shifts, persistent=False)
 
     def forward(self, **tensors: Tensor) -> Tensor:
         """Atomic energies (N,), eV, of the tensors that ``form.inputs`` names."""
@@ -79,6 +84,12 @@ class FakeQuantized(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Energies (graphs,) in eV and forces (N, 3) in eV/Å."""
         return energy_and_forces(self, tensors, create_graph)
+
+    def shift_energies(self, shifts: Mapping[int, float]) -> None:
+        """Add energies (eV) to those of atoms, by atomic number; forces stay as they are."""
+        if isinstance(self.energy_shift, Tensor):  # a model of its own tensors knows no elements
+            for number, shift in shifts.items():
+                self.energy_shift[number] += shift
 
     def vector_parts(self) -> dict[str, Tensor]:
         """Of each parameter that acts on features with l >= 1, where it does: masks by parameter name."""
@@ -112,6 +123,8 @@ class FakeQuantized(nn.Module):
             for node in list(gm.graph.nodes):
                 if node.op == "get_attr" and _key(node) in self.floats:
                     _change(gm, node, self.floats[_key(node)].detach().clone())
+                elif node.op == "get_attr" and node.target == self._table:
+                    _change(gm, node, self.energy_shift.clone())  # type: ignore[operator,union-attr]
         return finished(gm)
 
     def _codes(self, layer: _Layer) -> Tensor:
@@ -127,6 +140,8 @@ class FakeQuantized(nn.Module):
             return self.weights[key]
         if key in self.logs:
             return self.logs[key].exp()
+        if target == self._table:
+            return self.energy_shift  # type: ignore[return-value]
         return self.floats[key] if key in self.floats else _tensor_at(self._graph[0], target)
 
     def _trainable(self, prepared: GraphModule, quantized: GraphModule) -> GraphModule:

@@ -23,7 +23,7 @@ from ..verify.checks import Sides
 from ..verify.types import Evaluate, Prediction
 from .distill import shaken, taught
 from .fake_quant import FakeQuantized
-from .fit import FitSettings, fit
+from .fit import FitSettings, fit, missing_energies
 from .frames import Frames
 
 SETTINGS = FitSettings(epochs=20, batch=4, learning_rate=3e-4, warmup=50, ema=0.99)
@@ -77,7 +77,9 @@ def finetune(
     valid = list(frames)[::_HELD_OUT]
     train = [atoms for k, atoms in enumerate(frames) if k % _HELD_OUT] or valid
     model = FakeQuantized(stages[PREPARED], stages["insert_mddq"], potential.form)
-    fit(model, Frames(train, potential.form), Frames(valid, potential.form), settings, folder, progress)
+    learned = Frames(train, potential.form)
+    fit(model, learned, Frames(valid, potential.form), settings, folder, progress)
+    model.shift_energies(missing_energies(model, learned))
     return compiled(potential, model, valid[0])
 
 

@@ -234,6 +234,19 @@ def errors_of(model: Any, frames: Frames, batch: int = 20) -> Errors:
     return Errors(_MEV * energies / len(frames), _MEV * forces / components)
 
 
+def missing_energies(model: Any, frames: Frames, batch: int = 20) -> dict[int, float]:
+    """What a model's energies lack on average on frames, by atomic number, eV.
+
+    A mean that moves with every step of training is most of an energy's error, and means nothing to forces.
+    """
+    found = [
+        part.energies - model.energy_and_forces(part.tensors)[0].detach() for part in frames.batches(batch)
+    ]
+    elements = sorted({int(number) for atoms in frames.structures for number in atoms.numbers})
+    errors = torch.cat(found).double().numpy()
+    return dict(zip(elements, frames.element_energies(elements, errors), strict=True))
+
+
 def _averaged_errors(
     model: nn.Module, frames: Frames, state: _State, weights: Mapping[str, Tensor], batch: int
 ) -> Errors:

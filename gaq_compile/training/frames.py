@@ -125,11 +125,12 @@ class Frames:
         for start in range(0, len(order), size):
             yield self.batch(order[start : start + size].tolist())
 
-    def element_energies(self, elements: Sequence[int]) -> list[float]:
-        """Energies of elements (eV) whose sums are the structures' energies, by least squares: of many such,
-        as where all structures have one composition, the smallest."""
+    def element_energies(self, elements: Sequence[int], energies: np.ndarray | None = None) -> list[float]:
+        """Energies of elements (eV) whose sums are the structures' (or other) energies, by least squares: of
+        many such, as where all structures have one composition, the smallest."""
+        energies = self.energies if energies is None else energies
         counts = np.array([[np.count_nonzero(a.numbers == z) for z in elements] for a in self.structures])
-        return np.linalg.lstsq(counts.astype(float), self.energies, rcond=None)[0].tolist()
+        return np.linalg.lstsq(counts.astype(float), energies, rcond=None)[0].tolist()
 
     @property
     def force_rms(self) -> float:

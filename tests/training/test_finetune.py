@@ -15,8 +15,8 @@ from gaq_compile.errors import ConfigError, StructureError
 from gaq_compile.models import EuclideanTransformer, TransformerConfig
 from gaq_compile.training.distill import shaken, taught
 from gaq_compile.training.fake_quant import FakeQuantized
-from gaq_compile.training.fit import FitSettings, fit, loss_of, rotation
-from gaq_compile.training.frames import Frames
+from gaq_compile.training.fit import FitSettings, fit, loss_of, missing_energies, rotation
+from gaq_compile.training.frames import Frames, labelled
 from gaq_compile.verify.parity import parity
 
 FRAMES = example_structures("ethanol")
@@ -74,6 +74,26 @@ def test_integers_are_those_of_the_training(quantized, scheme: str) -> None:
     assert float((found - expected).abs().max()) < 2e-3 < 0.1 * float((moved - expected).abs().max())
     for name, t in before.named_buffers():
         assert torch.equal(t, untouched[name])  # the potential itself is as it was
+
+
+def test_what_energies_lack_on_average_is_added(quantized) -> None:
+    """Per element, in training's graph and in the integers' alike; forces stay."""
+    potential = quantized["w4a8"]
+    fake = FakeQuantized(potential.graphs["tag_irreps"], potential.graphs["insert_mddq"], potential.form)
+    higher = [labelled(a.copy(), 3.0 + a.get_potential_energy(), a.get_forces()) for a in FRAMES]
+    frames = Frames(higher, potential.form)
+    tensors = collate(FRAMES[3:6], potential.form)
+    before = fake.energy_and_forces(tensors)
+    lacking = missing_energies(fake, frames)
+    fake.shift_energies(lacking)
+    assert list(lacking) == sorted({int(z) for z in FRAMES[0].numbers})
+    assert all(abs(energy) < 1e-6 for energy in missing_energies(fake, frames).values())
+    energies, forces = fake.energy_and_forces(tensors)
+    added = sum(lacking[int(z)] for z in FRAMES[0].numbers)
+    torch.testing.assert_close((energies - before[0]).detach(), torch.full((3,), added, dtype=torch.float64))
+    assert torch.equal(forces, before[1])
+    whole = fake.integer_graph()(*(tensors[name] for name in potential.form.inputs))
+    torch.testing.assert_close(whole, fake(**tensors).detach(), atol=2e-3, rtol=0)
 
 
 def test_every_parameter_learns(quantized) -> None:

@@ -245,7 +245,7 @@ def _run(
 ) -> None:
     moving.set_momenta(state.momenta)  # there has to be such an array
     masses, freedom = moving.get_masses()[:, None], _freedom(moving)
-    begun = saved = state.step
+    saved, known = state.step, state.diverged
     while state.step < steps and not state.diverged:
         # the forces of the last step are kept, not computed again: a continued run needs them so
         _step(moving, state, settings, masses, freedom)
@@ -253,7 +253,7 @@ def _run(
         if files and state.step % settings.save_every == 0:
             files.write(state)
             saved = state.step
-    if files and (state.step > saved or (state.diverged and begun < steps)):
+    if files and (state.step > saved or state.diverged != known):
         files.write(state)
 
 

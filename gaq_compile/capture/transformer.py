@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -46,12 +45,12 @@ class _Interaction(nn.Module):
         super().__init__()
         self.mix, self.exchange = plain.mix, plain.exchange
         self.irreps, self.channels = plain.mix.irreps_in, plain.channels
-        self.components = [2 * l + 1 for l in plain.degrees]
+        self.components = [slice(l * l - 1, (l + 1) ** 2 - 1) for l in plain.degrees]  # l = 0 is not there
 
     def forward(self, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         mixed = ops.relayout(self.mix(vectors), self.irreps, "ir_mul")
-        rows = mixed.split([self.channels] * sum(self.components), dim=1)
-        parts = [rows[end - n : end] for n, end in zip(self.components, accumulate(self.components))]
+        rows = mixed.split([self.channels] * self.components[-1].stop, dim=1)
+        parts = [rows[components] for components in self.components]
         lengths = [torch.sqrt(sum(row.square() for row in part) + TINY) for part in parts]
         given = self.exchange(torch.cat([x, *lengths], dim=1))
         to_x, *gates = given.split([self.channels] * (1 + len(parts)), dim=1)

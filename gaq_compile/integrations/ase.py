@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class GAQCalculator(Calculator):
 
     def __init__(self, potential: Potential | str | Path, **settings: Any) -> None:
         super().__init__(**settings)
+        self._last: Atoms | None = None  # the structure evaluated last; ASE forgets it at every change
         if isinstance(potential, Potential):
             self.potential = potential
         else:
@@ -53,9 +55,10 @@ class GAQCalculator(Calculator):
     def check_state(self, atoms: Atoms, tol: float | None = None) -> list[str]:
         """ASE's list of changes since the last evaluation, charge and spin included.
 
-        Without ``tol`` (ASE's is 1e-15) any other bit is a change, which is several times faster to see.
+        Without ``tol`` (ASE's is 1e-15) any other number is a change, which is several times faster to
+        see; dynamics ask twice a step.
         """
-        changes = list(super().check_state(atoms, tol=tol))
+        changes = _changes(self.atoms, atoms) if tol is None else list(super().check_state(atoms, tol=tol))
         if self.atoms is not None and _charge_and_spin(self.atoms) != _charge_and_spin(atoms):
             changes.append("info")
         return changes
@@ -74,7 +77,8 @@ class GAQCalculator(Calculator):
         """
         wanted = properties or ["energy"]
         if "energy" not in self.results or system_changes:
-            super().calculate(atoms, wanted, system_changes)
+            if atoms is not None:
+                self.atoms = self._last = self._copied(atoms, system_changes)
             self.results = {}  # should this evaluation fail, the last one's answer must not survive
             self.results = self._evaluate()
         missing = [name for name in wanted if name not in self.results]
@@ -82,6 +86,15 @@ class GAQCalculator(Calculator):
             raise PropertyNotImplementedError(
                 f"{', '.join(missing)}: only for structures that are periodic in all three directions"
             )
+
+    def _copied(self, atoms: Atoms, system_changes: list[str]) -> Atoms:
+        """A copy of ``atoms``; where they only moved, from the one before, for a fraction of the time."""
+        if self._last is None or list(system_changes) != ["positions"]:
+            return atoms.copy()
+        made = copy(self._last)
+        made.arrays = {name: values.copy() for name, values in atoms.arrays.items()}
+        made.info = dict(atoms.info)
+        return made
 
     def _evaluate(self) -> dict[str, Any]:
         if self.atoms is None:
@@ -97,6 +110,19 @@ class GAQCalculator(Calculator):
         if found.stress is not None:
             results["stress"] = full_3x3_to_voigt_6_stress(found.stress)
         return results
+
+
+def _changes(known: Atoms | None, atoms: Atoms) -> list[str]:
+    """Of what potentials read, all that differs, by ASE's names."""
+    if known is None:
+        return list(all_changes)
+    pairs = {
+        "positions": (known.arrays["positions"], atoms.arrays["positions"]),
+        "numbers": (known.arrays["numbers"], atoms.arrays["numbers"]),
+        "cell": (known.cell.array, atoms.cell.array),
+        "pbc": (known.pbc, atoms.pbc),
+    }
+    return [name for name, (a, b) in pairs.items() if a.shape != b.shape or not (a == b).all()]
 
 
 def _charge_and_spin(atoms: Atoms) -> tuple[float, float]:

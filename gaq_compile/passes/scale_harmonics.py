@@ -10,8 +10,8 @@ After::
     sh_h = cat([sh * alpha_1, ..., sh * alpha_H])                          # a copy for each head
     out = gaq.conv(x, sh_h, filters, edges, '(C / H)x0e+(C / H)x0e+... * 1x0e+1x1o+1x0e+1x1o+... -> ...')
 
-A product is linear in both. Harmonics have a few numbers for each edge, weights hundreds; and where filters follow
-from distances alone, they are now the same for an edge and its reverse (:mod:`.pair_edges`).
+A product is linear in both. Harmonics have a few numbers for each edge, weights hundreds; and where filters
+follow from distances alone, they are now the same for an edge and its reverse (:mod:`.pair_edges`).
 """
 
 from __future__ import annotations
@@ -99,9 +99,13 @@ def _filters_and_attention(conv: Node, spec: TensorProductSpec) -> tuple[Node, N
 
 
 def _divides(spec: TensorProductSpec) -> bool:
-    """Whether all blocks have equally many channels."""
-    blocks = {mul for irreps in (spec.irreps_x, spec.irreps_out) for mul in _channels(irreps)}
-    return len(blocks) == 1 and bool(spec.paths)
+    """Whether all blocks have equally many channels, and harmonics of two heads stay two sets in a row.
+
+    Equal irreps that are neighbours are one block, whose components do not lie one head after another.
+    """
+    channels = {mul for irreps in (spec.irreps_x, spec.irreps_out) for mul in _channels(irreps)}
+    harmonics = spec.irreps_sh.split("+")
+    return len(channels) == 1 and bool(spec.paths) and harmonics[0] != harmonics[-1]
 
 
 def _channels(irreps: str) -> list[int]:

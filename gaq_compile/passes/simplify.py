@@ -28,9 +28,13 @@ def simplify(graph_module: GraphModule, *, differentiated: bool = False) -> Grap
         stack, axis, index = node.args
         if is_call(stack, aten.stack.default) and axis == 0 and _stack_axis(stack) == 0:
             node.replace_all_uses_with(stack.args[0][index])
-    for node in calls(gm, aten.view.default):
-        if _same_shape(node, node.args[0]):
-            node.replace_all_uses_with(node.args[0])
+    for target in (
+        aten.view.default,
+        aten.slice.Tensor,
+    ):  # a slice's gradient is a tensor of zeros, written over
+        for node in calls(gm, target):
+            if _same_shape(node, node.args[0]):
+                node.replace_all_uses_with(node.args[0])
     gm.graph.eliminate_dead_code()
     _merge_equal(gm)
     return finished(gm)
@@ -41,7 +45,7 @@ def _stack_axis(stack: Node) -> object:
 
 
 def _same_shape(node: Node, source: object) -> bool:
-    """Whether a view changes nothing, by the shapes that tracing recorded."""
+    """Whether a view changes nothing, by the shapes that tracing recorded: for a slice, that it takes all."""
     if not isinstance(source, Node) or "val" not in node.meta or "val" not in source.meta:
         return False
     a, b = node.meta["val"], source.meta["val"]

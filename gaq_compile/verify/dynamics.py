@@ -20,18 +20,20 @@ error as ``std / sqrt(5)`` if that is larger. On 200 synthetic runs each, the tr
 within one error in 0.7 (white noise, correlation times of 1/80 to 1/2 of the run) and 0.5 to 0.6
 (random walk), within two in 0.9 and 0.8.
 
-**Runs can be cut and continued.** Positions, momenta, forces and the energies so far go to a
-checkpoint, replaced atomically; a continued run equals an uninterrupted one bit for bit if the
-calculator's answers repeat bit for bit.
+**Runs can be cut and continued.** Positions, momenta, forces and the energies so far are saved
+(:mod:`.checkpoints`); a continued run equals an uninterrupted one bit for bit if the calculator's
+answers repeat bit for bit.
+
+The integrator is ASE's ``VelocityVerlet`` written out, operation by operation, so that trajectories
+are the same to the last bit: a step here is the calculator's call and a dozen operations on arrays.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import zipfile
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +41,9 @@ import numpy as np
 from ase import units
 from ase.calculators.calculator import CalculatorError
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
-from ase.md.verlet import VelocityVerlet
 
-from ..errors import ConfigError, FileFormatError, StructureError
+from ..errors import ConfigError, StructureError
+from .checkpoints import Checkpoint, State, room
 from .structures import displaced
 
 if TYPE_CHECKING:
@@ -130,23 +132,6 @@ class Dynamics:
         return self.potential + self.kinetic
 
 
-@dataclass
-class _State:
-    """Where a run stands; what a checkpoint holds."""
-
-    positions: np.ndarray
-    momenta: np.ndarray
-    forces: np.ndarray
-    potential: list[float] = field(default_factory=list)
-    kinetic: list[float] = field(default_factory=list)
-    frames: list[np.ndarray] = field(default_factory=list)
-    diverged: str = ""
-
-    @property
-    def step(self) -> int:
-        return len(self.potential) - 1
-
-
 def nve(
     calculator: Any,
     atoms: Atoms,
@@ -166,26 +151,26 @@ def nve(
         atoms: where to start.
         steps: of the whole run, those of its checkpoint included.
         settings: how to run.
-        checkpoint: an ``.npz`` file to continue from where it exists, and to write.
+        checkpoint: an ``.npz`` file to continue from where it exists, and to write; the series lie
+            beside it. One process at a time.
         progress: told the step that was reached, after each.
 
     Raises:
         ConfigError: for a negative number of steps.
         StructureError: if the very first structure cannot be evaluated.
-        FileFormatError: for a checkpoint that is damaged or of another run.
+        FileFormatError: for a checkpoint that is damaged or of another run, or that another process
+            writes to.
     """
     if steps < 0:
         raise ConfigError(f"cannot run {steps} steps")
     settings = settings or Settings()
     moving = displaced(atoms, np.zeros(3))
     moving.calc = calculator
-    identity = _identity(moving, settings)
-    if checkpoint is not None and checkpoint.exists():
-        state = _read(checkpoint, identity)
-    else:
-        state = _started(moving, settings)
-    save = (lambda: _write(checkpoint, identity, state)) if checkpoint is not None else (lambda: None)
-    _run(moving, state, steps, settings, save, progress or (lambda step: None))
+    files = None if checkpoint is None else Checkpoint(checkpoint, _identity(moving, settings))
+    state = files.read(steps, settings.keep_every) if files else None
+    if state is None:
+        state = _started(moving, settings, steps)
+    _run(moving, state, steps, settings, files, progress or (lambda step: None))
     return _judged(state, moving, steps, settings)
 
 
@@ -231,7 +216,7 @@ def _fifths_error(time: np.ndarray, values: np.ndarray) -> float:
 # --- running ------------------------------------------------------------------------------------
 
 
-def _started(moving: Atoms, settings: Settings) -> _State:
+def _started(moving: Atoms, settings: Settings, steps: int) -> State:
     """The first velocities and forces; projecting momenta out keeps the distribution canonical."""
     rng = np.random.default_rng(settings.seed)
     MaxwellBoltzmannDistribution(moving, temperature_K=settings.temperature_k, rng=rng)
@@ -239,58 +224,66 @@ def _started(moving: Atoms, settings: Settings) -> _State:
     if not moving.pbc.any() and len(moving) > 1:
         with np.errstate(divide="ignore", invalid="ignore"):  # ASE's own: no inertia along a line of atoms
             ZeroRotation(moving, preserve_temperature=False)
-    state = _State(moving.get_positions(), moving.get_momenta(), moving.get_forces(md=True))
-    state.potential.append(float(moving.get_potential_energy()))
-    state.kinetic.append(float(moving.get_kinetic_energy()))
-    state.frames.append(state.positions.copy())
-    if not np.isfinite(state.forces).all() or not np.isfinite(state.potential[0]):
+    positions, momenta, forces = moving.get_positions(), moving.get_momenta(), moving.get_forces(md=True)
+    state = State(
+        positions, momenta, forces, *room(steps, settings.keep_every, len(moving)), settings.keep_every
+    )
+    state.energies[0] = moving.get_potential_energy(), moving.get_kinetic_energy()
+    state.frames[0] = positions
+    if not np.isfinite(forces).all() or not np.isfinite(state.energies[0, 0]):
         raise StructureError("energy or forces of the start are not finite")
     return state
 
 
 def _run(
     moving: Atoms,
-    state: _State,
+    state: State,
     steps: int,
     settings: Settings,
-    save: Callable[[], None],
+    files: Checkpoint | None,
     progress: Callable[[int], None],
 ) -> None:
-    dynamics = VelocityVerlet(moving, timestep=settings.timestep_fs * units.fs)
-    moving.set_positions(state.positions)
-    moving.set_momenta(state.momenta)
-    begun = state.step
+    moving.set_momenta(state.momenta)  # there has to be such an array
+    masses, freedom = moving.get_masses()[:, None], _freedom(moving)
+    saved, known = state.step, state.diverged
     while state.step < steps and not state.diverged:
         # the forces of the last step are kept, not computed again: a continued run needs them so
-        _step(moving, dynamics, state, settings)
+        _step(moving, state, settings, masses, freedom)
         progress(state.step)
-        if state.step % settings.save_every == 0:
-            save()
-    if state.step > begun or state.diverged:
-        save()
+        if files and state.step % settings.save_every == 0:
+            files.write(state)
+            saved = state.step
+    if files and (state.step > saved or state.diverged != known):
+        files.write(state)
 
 
-def _step(moving: Atoms, dynamics: VelocityVerlet, state: _State, settings: Settings) -> None:
+def _step(moving: Atoms, state: State, settings: Settings, masses: np.ndarray, freedom: int) -> None:
     """One step; a run that cannot go on is marked, its last good step stays the last one."""
-    place = f"after step {state.step}"
+    dt = settings.timestep_fs * units.fs
+    momenta = state.momenta + 0.5 * dt * state.forces
+    positions = state.positions + dt * momenta / masses
+    moving.arrays["positions"][:] = positions
+    moving.arrays["momenta"][:] = momenta
     try:
-        forces = dynamics.step(state.forces)
+        forces = moving.get_forces(md=True)
+        momenta = momenta + 0.5 * dt * forces
+        moving.arrays["momenta"][:] = momenta
         potential = float(moving.get_potential_energy())
     except (StructureError, CalculatorError, ArithmeticError) as error:
-        state.diverged = f"the calculator gave up {place}: {error}"
+        state.diverged = f"the calculator gave up after step {state.step}: {error}"
         return
-    kinetic = float(moving.get_kinetic_energy())
-    heat = 2.0 * kinetic / (_freedom(moving) * units.kB)
-    if not (np.isfinite(forces).all() and np.isfinite(potential)):
-        state.diverged = f"energy or forces are not finite {place}"
-    elif not heat <= settings.hottest_k:
-        state.diverged = f"{heat:.0f} K {place}"
-    else:
-        state.positions, state.momenta, state.forces = moving.get_positions(), moving.get_momenta(), forces
-        state.potential.append(potential)
-        state.kinetic.append(kinetic)
-        if state.step % settings.keep_every == 0:
-            state.frames.append(state.positions.copy())
+    kinetic = 0.5 * float(np.vdot(momenta, momenta / masses))
+    heat = 2.0 * kinetic / (freedom * units.kB)
+    if not (heat <= settings.hottest_k and math.isfinite(potential)):  # a force that is not finite heats
+        finite = np.isfinite(forces).all() and math.isfinite(potential)
+        what = f"{heat:.0f} K" if finite else "energy or forces are not finite"
+        state.diverged = f"{what} after step {state.step}"
+        return
+    state.positions, state.momenta, state.forces = positions, momenta, forces
+    state.step += 1
+    state.energies[state.step] = potential, kinetic
+    if state.step % state.keep_every == 0:
+        state.frames[state.step // state.keep_every] = positions
 
 
 def _freedom(atoms: Atoms) -> int:
@@ -299,9 +292,9 @@ def _freedom(atoms: Atoms) -> int:
     return max(1, 3 * len(atoms) - removed)
 
 
-def _judged(state: _State, moving: Atoms, steps: int, settings: Settings) -> Dynamics:
+def _judged(state: State, moving: Atoms, steps: int, settings: Settings) -> Dynamics:
     count = min(state.step, steps) + 1
-    potential, kinetic = np.array(state.potential[:count]), np.array(state.kinetic[:count])
+    potential, kinetic = state.energies[:count].T.copy()
     time = np.arange(count) * settings.timestep_fs * 1e-3
     total = 1e3 * (potential + kinetic) / len(moving)
     kept = 1 + (count - 1) // settings.keep_every
@@ -313,55 +306,13 @@ def _judged(state: _State, moving: Atoms, steps: int, settings: Settings) -> Dyn
         time_ps=time,
         potential=potential,
         kinetic=kinetic,
-        frames=np.array(state.frames[:kept]),
+        frames=state.frames[:kept].copy(),
         frame_steps=np.arange(kept) * settings.keep_every,
     )
-
-
-# --- checkpoints --------------------------------------------------------------------------------
 
 
 def _identity(atoms: Atoms, settings: Settings) -> str:
     """What must be the same for a run to be continued; how often it is saved need not be."""
     chosen = {key: value for key, value in asdict(settings).items() if key != "save_every"}
     start = [atoms.numbers.tolist(), atoms.positions.tolist(), atoms.cell.array.tolist(), atoms.pbc.tolist()]
-    return json.dumps({"format": 1, "settings": chosen, "start": start})
-
-
-def _write(path: Path, identity: str, state: _State) -> None:
-    """Replace the checkpoint in one move: a kill leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        content = {key: np.asarray(value) for key, value in (vars(state) | {"identity": identity}).items()}
-        np.savez(file, allow_pickle=False, **content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _read(path: Path, identity: str) -> _State:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            content = {key: stored[key] for key in stored.files}
-        if str(content.pop("identity")) != identity:
-            raise FileFormatError(
-                "a checkpoint of another run: its structure, seed or settings differ",
-                where=str(path),
-                fix="delete it, or give another file",
-            )
-        return _State(
-            content["positions"],
-            content["momenta"],
-            content["forces"],
-            content["potential"].tolist(),
-            content["kinetic"].tolist(),
-            list(content["frames"]),
-            str(content["diverged"]),
-        )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, FileFormatError):
-            raise
-        raise FileFormatError(
-            f"a checkpoint that cannot be read: {error}", where=str(path), fix="delete it"
-        ) from error
+    return json.dumps({"format": 2, "settings": chosen, "start": start})

@@ -17,10 +17,12 @@ from gaq_compile.backends.tvm.conv import (
     conv_forward,
     forward_source,
 )
+from gaq_compile.backends.tvm.conv_terms import conv_problem, folded_problem
 from gaq_compile.backends.tvm.emit import block_lanes, vector_lanes
 from gaq_compile.errors import IrrepsError
 from gaq_compile.ir.layout import Block, dim, permutation
 from gaq_compile.ir.specs import GRADIENT_EXPONENT, TensorProductSpec, in_half, tensor_product_spec
+from gaq_compile.passes.scale_harmonics import by_heads
 
 TOLERANCE = 1e-5
 
@@ -41,6 +43,11 @@ def all_paths(x: str, sh: str, keep: str) -> str:
     return str(TensorProductSpec(x, sh, str(ordered.irreps), tuple(items)))
 
 
+def by_head(x: str, sh: str, keep: str, heads: int) -> str:
+    """The same for parts of every block, each with harmonics of its own."""
+    return str(by_heads(tensor_product_spec(all_paths(x, sh, keep)), heads))
+
+
 SEVENNET = "128x0e+64x1e+32x2e"
 SH2 = "1x0e+1x1e+1x2e"
 SPECS = {
@@ -51,6 +58,8 @@ SPECS = {
     "one channel": all_paths("1x1o+1x2e", "1x1o+1x2e", "0e+0o+1o+2e+2o"),
     "neighbouring equal irreps": all_paths("4x1o+3x1o+2x0e", "1x1o+1x1o+1x0e", "0e+1o+1e"),
     "shared output": "8x0e+8x1o * 1x0e+1x1o+1x2e -> 8x1o | 0.1.0*0.5 1.0.0 1.2.0*-1.25",
+    "two heads": by_head("8x0e+8x1o+8x2e", "1x0e+1x1o+1x2e", "0e+1o+2e", 2),
+    "heads of two registers": by_head("96x0e+96x1o", "1x0e+1x1o", "0e+1o", 3),
     "unused inputs and outputs": "8x0e+3x1o * 1x0e+1x1o -> 8x0e+8x1o+5x2e | 0.1.1",
 }
 
@@ -168,6 +177,26 @@ def test_narrow_registers(lanes):
     spec, target = SPECS["sevennet middle"], host_target()
     forward, backward = poisoned_forward(spec, lanes, target), poisoned_backward(spec, lanes, target)
     check_every_path(spec, forward, backward, nodes=3, edges=40, seed=lanes)
+
+
+def test_paths_that_repeat_for_every_head_are_one():
+    """Text that grows with the number of heads would be many times the code."""
+    spec = SPECS["heads of two registers"]
+    folded, unfolded = folded_problem(spec), conv_problem(spec)
+    assert folded.heads == 3 and 3 * len(folded.terms) == len(unfolded.terms)
+    assert 3 * len(folded.columns) == len(unfolded.columns)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("0.0.0 1.2.1", "1.2.0 0.0.1"), ("0.0.0", "0.0.0*2.0"), ("1.2.1", "1.0.1")]
+)
+def test_heads_that_differ_stay_paths_of_their_own(old: str, new: str) -> None:
+    spec = "4x0e+4x0e * 1x0e+1x1o+1x0e+1x1o -> 4x0e+4x0e | 0.0.0 1.2.1"
+    other = spec.replace(old, new)
+    assert folded_problem(spec).heads == 2 and folded_problem(other).heads == 1
+    lanes, target = vector_lanes(host_target()), host_target()
+    forward, backward = poisoned_forward(other, lanes, target), poisoned_backward(other, lanes, target)
+    check_every_path(other, forward, backward, nodes=4, edges=30, seed=1)
 
 
 @settings(max_examples=40, deadline=None)

@@ -75,6 +75,41 @@ def test_nothing_is_computed_twice(dimer: Atoms, springs: Springs) -> None:
     assert springs.evaluations == 2
 
 
+def test_every_number_that_potentials_read_counts_as_a_change(dimer: Atoms, springs: Springs) -> None:
+    def moved() -> None:
+        dimer.positions[1, 2] = np.nextafter(dimer.positions[1, 2], 1.0)
+
+    changes = {
+        "positions": moved,
+        "numbers": lambda: dimer.set_atomic_numbers([6, 7]),
+        "cell": lambda: dimer.set_cell([5, 5, 5]),
+        "pbc": lambda: dimer.set_pbc([True, False, False]),
+    }
+    assert set(dimer.calc.check_state(dimer)) >= set(changes)  # nothing was evaluated yet
+    for count, (name, change) in enumerate(changes.items(), 1):
+        dimer.get_forces()
+        assert dimer.calc.check_state(dimer) == [] and springs.evaluations == count
+        change()
+        assert dimer.calc.check_state(dimer) == [name]
+    dimer.get_forces()
+    del dimer[1]
+    assert set(dimer.calc.check_state(dimer)) == {"positions", "numbers"}
+
+
+def test_the_evaluated_structure_is_a_copy_of_its_own(dimer: Atoms) -> None:
+    kept = []
+    for step in range(3):
+        dimer.positions[0, 0] = 0.5 + 0.1 * step
+        dimer.set_momenta(np.full((2, 3), float(step)))
+        dimer.info["step"] = step
+        dimer.get_forces()
+        kept.append(dimer.calc.atoms)
+    dimer.positions[:] = 0.0
+    assert [atoms.positions[0, 0] for atoms in kept] == [0.5, 0.6, 0.7]
+    assert [atoms.get_momenta()[0, 0] for atoms in kept] == [0.0, 1.0, 2.0]
+    assert [atoms.info["step"] for atoms in kept] == [0, 1, 2]
+
+
 def test_a_callers_changes_of_results_do_not_come_back(dimer: Atoms) -> None:
     dimer.get_forces()[:] = 7.0
     assert np.abs(dimer.get_forces()).max() < 7.0

@@ -59,6 +59,40 @@ def test_scalars_need_no_conversion(trace, listing):
     _check(trace, listing, lambda x: ops.relayout(x, "11x0e", "mul_ir") * 2, _rows(N, D), relayouts=0)
 
 
+def test_parts_are_joined_and_divided_in_either_layout(trace, listing):
+    """Scalars beside vectors lie alike in both layouts, whatever they are converted with."""
+
+    def function(scalars, vectors):
+        scalars, vectors = (rows @ torch.eye(n, dtype=rows.dtype) for rows, n in ((scalars, 2), (vectors, 9)))
+        joined = torch.cat([scalars, ops.relayout(vectors, "3x1o", "mul_ir")], dim=1)
+        twice = _to(_to(joined, "ir_mul") * 2.0, "mul_ir")
+        return torch.cat([part * 3.0 for part in twice.split([2, 9], dim=1)], dim=1) + joined
+
+    def in_our_layout(scalars, vectors):
+        return _to(function(scalars, vectors), "ir_mul")
+
+    lines = _check(trace, listing, in_our_layout, _rows(N, 2), _rows(N, 9), relayouts=0)
+    assert sum("split_with_sizes(" in line for line in lines) == 1
+    assert sum("cat(" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize("sizes", [[5, 6], [1, 10], [4, 7]])
+def test_a_block_that_is_cut_stays_as_it_is(trace, listing, sizes):
+    def function(x):
+        return torch.cat(_to(x, "mul_ir").split(sizes, dim=1)[::-1], dim=1)
+
+    _check(trace, listing, function, _rows(N, D), relayouts=1)
+
+
+def test_rows_that_are_joined_or_divided_are_left_alone(trace, listing):
+    def function(x):
+        y = _to(x, "mul_ir")
+        return torch.cat([y, y], dim=0), y.split([2, 3], dim=0)[1]
+
+    graph = trace(function, _rows(N, D))
+    assert listing(cancel_relayouts(graph)) == listing(graph)
+
+
 def test_a_conversion_that_is_seen_stays(trace, listing):
     _check(trace, listing, lambda x: _to(x, "mul_ir") * 2.0, _rows(N, D), relayouts=1)
 

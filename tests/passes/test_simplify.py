@@ -52,6 +52,11 @@ def test_selects_of_other_axes_stay(trace, listing):
     assert torch.equal(after(*inputs), graph(*inputs))
 
 
+def test_slices_that_take_all_go(trace, listing):
+    lines = listing(simplify(trace(lambda x: x[:, :, None] * x[:, None, 1:], torch.randn(5, 4))))
+    assert sum("aten.slice(" in line for line in lines) == 1
+
+
 def test_views_that_change_the_shape_stay(trace, listing):
     graph = trace(lambda x: x.view(x.shape[0] * 3).view(3, x.shape[0]), torch.randn(4, 3))
     assert len(listing(simplify(graph))) == 3

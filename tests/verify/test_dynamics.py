@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from ase.constraints import FixAtoms
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
+from ase.md.verlet import VelocityVerlet
 
 from gaq_compile.errors import ConfigError, FileFormatError, StructureError
+from gaq_compile.verify.checkpoints import Checkpoint
 from gaq_compile.verify.dynamics import Settings, energy_drift, nve
 
 
@@ -46,6 +50,9 @@ class Springs(Calculator):
                 raise StructureError("too far")
             x = x * self.beyond
         self.results = {"energy": float((x**2).sum()), "forces": -2.0 * self.factor * x}
+
+
+SERIES = ("state.npz.energies", "state.npz.frames")
 
 
 def ethanol() -> Atoms:
@@ -102,7 +109,7 @@ def test_a_continued_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, kille
     assert found.drift == whole.drift
     if killed > 7:
         assert rest.count == 60 - 7 * ((killed - 1) // 7)  # no step again, no force again
-    assert [p.name for p in file.parent.iterdir()] == ["state.npz"]
+    assert {p.name for p in file.parent.iterdir()} == {"state.npz", *SERIES}
 
 
 def test_a_finished_run_is_not_run_again_and_can_be_prolonged(tmp_path):
@@ -128,6 +135,99 @@ def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(FileFormatError, match="cannot be read"):
             nve(EMT(), ethanol(), 10, checkpoint=file)
+    with file.open("wb") as stream:
+        np.save(stream, np.zeros(3))
+    with pytest.raises(FileFormatError, match="cannot be read"):
+        nve(EMT(), ethanol(), 10, checkpoint=file)
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_series_that_lack_what_the_state_counts_or_hold_something_else_are_refused(tmp_path, name):
+    state, series = tmp_path / "state.npz", tmp_path / name
+    nve(EMT(), ethanol(), 20, Settings(keep_every=5), checkpoint=state)
+    content = series.read_bytes()
+    for damaged in (content[:-1], b"", content[:40] + bytes([content[40] ^ 1]) + content[41:]):
+        series.write_bytes(damaged)
+        with pytest.raises(FileFormatError, match="cannot be read") as error:
+            nve(EMT(), ethanol(), 30, Settings(keep_every=5), checkpoint=state)
+        assert str(series) in str(error.value) and f"delete {state}" in str(error.value)
+    series.unlink()
+    with pytest.raises(FileFormatError, match="cannot be read"):
+        nve(EMT(), ethanol(), 30, Settings(keep_every=5), checkpoint=state)
+    state.unlink()  # as the message says: everything is made anew, whatever lies there
+    again = nve(EMT(), ethanol(), 30, Settings(keep_every=5), checkpoint=state)
+    assert again.steps == 30 and series.stat().st_size > len(content)
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2])
+def test_a_kill_while_it_saves_loses_nothing_that_was_saved(tmp_path, monkeypatch, moment):
+    """Between two files, and between the last of them and the state."""
+    file, settings = tmp_path / "state.npz", Settings(keep_every=3, save_every=10)
+    events = iter(range(100))
+
+    def until(true):  # what a save does are three events: two series, then the state's replacement
+        def event(*arguments):
+            if next(events) == 3 * 2 + moment:
+                raise KeyboardInterrupt
+            return true(*arguments)
+
+        return event
+
+    monkeypatch.setattr(Checkpoint, "_append", until(Checkpoint._append))
+    monkeypatch.setattr(Path, "replace", until(Path.replace))
+    with pytest.raises(KeyboardInterrupt):
+        nve(EMT(), ethanol(), 60, settings, checkpoint=file)
+    monkeypatch.undo()
+    rest = Counted()
+    found = nve(rest, ethanol(), 60, settings, checkpoint=file)
+    whole = nve(EMT(), ethanol(), 60, settings)
+    assert (found.total == whole.total).all() and (found.frames == whole.frames).all()
+    assert rest.count == 40
+    again = nve(Counted(0), ethanol(), 60, settings, checkpoint=file)
+    assert (again.total == whole.total).all() and (again.frames == whole.frames).all()
+
+
+def test_a_save_writes_what_is_new(tmp_path, monkeypatch):
+    written = []
+    append = Checkpoint._append
+
+    def counted(self, name, rows):
+        before = self._file(name).stat().st_size if self._file(name).exists() else 0
+        append(self, name, rows)
+        written.append((name, self._file(name).stat().st_size - before))
+
+    monkeypatch.setattr(Checkpoint, "_append", counted)
+    nve(EMT(), ethanol(), 40, Settings(keep_every=10, save_every=10), checkpoint=tmp_path / "state.npz")
+    assert [size for name, size in written if name == "energies"] == [11 * 16, *[10 * 16] * 3]
+    assert [size for name, size in written if name == "frames"] == [2 * 9 * 24, *[9 * 24] * 3]
+
+
+def test_two_processes_cannot_write_one_run(tmp_path):
+    file, settings = tmp_path / "state.npz", Settings(save_every=10)
+
+    def meddle(step):
+        if step == 15:
+            nve(EMT(), ethanol(), 20, settings, checkpoint=file)
+
+    with pytest.raises(FileFormatError, match="something else"):
+        nve(EMT(), ethanol(), 40, settings, checkpoint=file, progress=meddle)
+    assert nve(Counted(), ethanol(), 40, settings, checkpoint=file).steps == 40
+
+
+def test_steps_are_those_of_ase():
+    """To the last bit."""
+    found = nve(EMT(), ethanol(), 30, Settings(keep_every=1))
+    moving = ethanol()
+    moving.calc = EMT()
+    MaxwellBoltzmannDistribution(moving, temperature_K=300.0, rng=np.random.default_rng(0))
+    Stationary(moving, preserve_temperature=False)
+    ZeroRotation(moving, preserve_temperature=False)
+    dynamics = VelocityVerlet(moving, timestep=0.5 * units.fs)
+    for step in range(1, 31):
+        dynamics.run(1)
+        assert (moving.positions == found.frames[step]).all()
+        assert moving.get_potential_energy() == found.potential[step]
+        assert moving.get_kinetic_energy() == found.kinetic[step]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Harmonics in a convolution's kernels: contracted with Clebsch-Gordan constants, and their gradient.
 
-Both are an edge's, or a chunk's, own: they lie in small arrays, a column after another, those of a head (of one
-part of every block's channels) before the next head's.
+Both are an edge's, or a chunk's, own: they lie in small arrays, a column after another, those of a head (of
+one part of every block's channels) before the next head's.
 """
 
 from __future__ import annotations

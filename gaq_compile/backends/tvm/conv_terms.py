@@ -132,7 +132,7 @@ def _unrolled(spec: TensorProductSpec, paths: Sequence[TensorProductPath]) -> Pr
 
 @lru_cache(maxsize=256)
 def folded_problem(spec: str) -> Problem:
-    """The same with paths that repeat for every head as one: of all heads' channels, with the first's columns.
+    """The same with paths that repeat for every head as one, of all heads' channels and the first's columns.
 
     Heads are parts of a block with harmonics of their own (:mod:`....passes.scale_harmonics`). As paths of
     their own they would be so many times the code.
@@ -162,7 +162,7 @@ def _heads(spec: TensorProductSpec) -> int:
 
 
 def _repeats(spec: TensorProductSpec, heads: int) -> bool:
-    """Whether every path of head ``h`` is the first head's, ``h`` times its channels and harmonics further on."""
+    """Whether every path of head ``h`` is the first head's, ``h`` times its size further on."""
     step = dim(spec.irreps_sh) // heads
     for k, path in enumerate(spec.paths):
         first, h = spec.paths[k - k % heads], k % heads

@@ -40,10 +40,11 @@ def tile_buffers(plan: DensePlan, task_rows: int, decoded: bool = False) -> dict
     """The tile buffers: elements and dtype by name; a register tile may read rows beyond the task's.
 
     They mean nothing after a task, so that linears which follow each other can share them. Where weights are
-    ``decoded``, no operand is scaled.
+    ``decoded``, no operand is scaled, and only those in half precision are copied.
     """
     rows = task_rows + max(plan.schedule.rows)
-    kept = [dtype for dtype in _BUFFERS if plan.row_size(dtype) and not (decoded and plan.scaled)]
+    none = decoded and plan.scaled and not plan.problem.half_in
+    kept = [dtype for dtype in _BUFFERS if plan.row_size(dtype) and not none]
     rows_of = {_BUFFERS[dtype]: (plan.row_size(dtype), dtype) for dtype in kept}
     rows_of |= {"nan": (plan.watched, "float32"), "gs": (plan.dynamic, "float32")}
     return {name: (rows * size, dtype) for name, (size, dtype) in rows_of.items() if size}
@@ -57,9 +58,12 @@ def declared(buffers: Mapping[str, tuple[int, str]]) -> list[str]:
     ]
 
 
-def in_x(frame: Frame, o: Operand) -> bool:
-    """Whether an operand is read from x, not from a tile buffer."""
-    return o.rule == "direct" or (o.rule == "scaled" and frame.decoded)
+def in_x(plan: DensePlan, frame: Frame, o: Operand) -> bool:
+    """Whether an operand is read from x, not from a tile buffer.
+
+    Half precision never is: every column tile would convert its numbers again, one at a time.
+    """
+    return o.rule == "direct" or (o.rule == "scaled" and frame.decoded and not plan.problem.half_in)
 
 
 def tile(plan: DensePlan, frame: Frame, o: Operand, row: str, column: str, lanes: int) -> str:

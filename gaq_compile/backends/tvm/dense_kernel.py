@@ -122,7 +122,7 @@ def _register_tile(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles
     lines = [f'a{r}_{v} = T.alloc_buffer(({lanes},), "{dtype}", scope="global")' for r, v in cells]
     for r, v in cells:
         lines.append(f"{_acc(r, v, lanes)} = {_start(frame, p, tiles, v, lanes, dtype)}")
-    if in_x(frame, o):
+    if in_x(plan, frame, o):
         lines += [f"i{r}: T.let = T.min(s * {height} + {r}, {frame.last})" for r in range(height)]
     steps = -(-p.depth // plan.unit.step(o.kind))
     packed = group_steps(plan) == 2 and not (frame.decoded and plan.decodes(p))
@@ -189,7 +189,7 @@ def _group(plan: DensePlan, frame: Frame, p: Product, tiles: ColumnTiles, k: str
 def _operand(plan: DensePlan, frame: Frame, p: Product, r: int, k: str, height: int) -> str:
     """The operand of row r and step k, in every lane."""
     o, lanes, step = plan.operands[p.operand], plan.unit.lanes, plan.unit.step(plan.operands[p.operand].kind)
-    if in_x(frame, o):
+    if in_x(plan, frame, o):
         column = f"{o.block.base + p.first} + c * {o.block.stride} + {k}"
         return splat(frame.x(f"i{r}", column, 1), lanes)
     here = tile(plan, frame, o, f"(s * {height} + {r})", f"{p.first} + c * {o.width} + {k} * {step}", step)

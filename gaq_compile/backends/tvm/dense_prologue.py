@@ -19,7 +19,7 @@ def prologue(plan: DensePlan, frame: Frame) -> list[str]:
     for operand in plan.operands:
         if operand.rule == "dynamic":
             body += _gradient(plan, frame, operand)
-        elif not in_x(frame, operand):
+        elif not in_x(plan, frame, operand):
             body += _convert(plan, frame, operand)
     return loop("r in T.serial(rows)", body) if body else []
 
@@ -35,7 +35,9 @@ def _convert(plan: DensePlan, frame: Frame, o: Operand) -> list[str]:
     lines = [f"u: T.let = T.min(i * {lanes}, {mul - lanes})"]
     for c in comps:
         lines.append(f"v{c}: T.let = {frame.x('r', f'{o.block.base + c * o.block.stride} + u', lanes)}")
-    if o.rule == "scaled":
+    if o.rule == "scaled" and frame.decoded:  # their weights are scaled
+        values = [f"v{c}" for c in comps]
+    elif o.rule == "scaled":
         lines.append(f"s: T.let = {vector(f'{p}scale', f'{o.index} + u', lanes)}")
         values = [f"v{c} * s" for c in comps]
     else:

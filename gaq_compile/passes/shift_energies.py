@@ -62,7 +62,7 @@ def _shifted(quantized: GraphModule, shift: Tensor) -> GraphModule:
 
 
 def shift_table(shifted: GraphModule) -> Node | None:
-    """The table (a ``get_attr`` node) that :func:`shift_energies` has added to a graph; None if it has not."""
+    """The table (``get_attr``) that :func:`shift_energies` has added to a graph; None if it has not."""
     total = shifted.graph.output_node().args[0]
     per_atom = total.args[1] if isinstance(total, Node) and is_call(total, aten.add.Tensor) else None
     if not isinstance(per_atom, Node) or not is_call(per_atom, aten.index.Tensor):

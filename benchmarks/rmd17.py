@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import statistics
 import sys
@@ -47,6 +46,7 @@ from gaq_compile.integrations.ase import GAQCalculator
 from gaq_compile.models import EuclideanTransformer
 from gaq_compile.passes.pipeline import PREPARED
 from gaq_compile.potential import Potential
+from gaq_compile.tools.machine import processor
 from gaq_compile.training.convolution import with_fast_convolutions
 from gaq_compile.training.distill import shaken, taught
 from gaq_compile.training.fake_quant import FakeQuantized
@@ -347,7 +347,7 @@ def gathered(options: argparse.Namespace, command: Sequence[str]) -> dict[str, A
             rows[name] = {"title": row.title, "ablation": row.ablation, "runs": runs}
     return {
         "command": shlex.join(["python", *command]),
-        "machine": platform.processor() or platform.machine(),
+        "machine": processor(),
         "epochs": options.epochs,
         "frames": options.frames,
         "data": "rMD17" if options.data else "bundled frames, displaced, labelled by the float32 model",

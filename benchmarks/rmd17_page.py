@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 
 ABOUT = """\
-Every row starts from the same float32 model of its molecule (`gaq_compile.models.EuclideanTransformer`, bundled) and
-learns for the same extra epochs, from the same frames, at the same rate (Adam, 3e-5, falling to 0): to be compared
-with *FP32, the same extra epochs*, the float32 model that was given them too. All figures are of compiled kernels, on
-the whole test file of revised MD17 (split 01): mean absolute errors of energies, and of force components; LEE, the
-mean of |F(R x) - R F(x)| over atoms, 8 rotations and 10 test frames; the drift of the total energy over dynamics of
-0.5 fs from 300 K, with its standard error; bytes of all weights with their scales; the time of a step beside the
-float32 model run by torch, by turns.
+Every row starts from the same float32 model of its molecule (`gaq_compile.models.EuclideanTransformer`,
+bundled) and learns for the same extra epochs, from the same frames, at the same rate (Adam, 3e-5, falling
+to 0): to be compared with *FP32, the same extra epochs*, the float32 model that was given them too. All
+figures are of compiled kernels, on the whole test file of revised MD17 (split 01): mean absolute errors
+of energies, and of force components; LEE, the mean of |F(R x) - R F(x)| over atoms, 8 rotations and 10
+test frames; the drift of the total energy over dynamics of 0.5 fs from 300 K, with its standard error;
+bytes of all weights with their scales; the time of a step beside the float32 model run by torch, by
+turns.
 
-W4A8 is 4-bit weights (the costliest layers 8) and 8-bit scalars, magnitudes and directions, of which three tenths of
-the multiplications have 16 bits (`max_wide_share`); *half of it at 16 bits* takes five tenths; W4A16 all. The exact
-schemes keep directions in float. The naive rows, Degree-Quant and SVQ-KMeans round as others do, with the same
-training.
+W4A8 is 4-bit weights (the costliest layers 8) and 8-bit scalars, magnitudes and directions, of which
+three tenths of the multiplications have 16 bits (`max_wide_share`); *half of it at 16 bits* takes five
+tenths; W4A16 all. The exact schemes keep directions in float. The naive rows, Degree-Quant and SVQ-KMeans
+round as others do, with the same training.
 """
 HEAD = (
     "| | E-MAE (meV) | F-MAE (meV/Å) | F before training | LEE (meV/Å) | drift (meV/atom/ps) | weights (kB) "

@@ -19,8 +19,9 @@ before, under the labels given, instead; the one labelled fp32 is the reference:
 the runs, energies of every step included; JSON and plot have a thinned series. A run that was killed goes
 on from its last picosecond, a longer ``--ps`` prolongs it, a complete one is not run again. So two
 processes can share the work, each with other ``--schemes`` but the same ``--work`` (and ``--json`` files
-of their own), and a last call with all of them gathers everything, times included. A run belongs to the
-very bytes of its potential: another file under the same label starts anew.
+of their own), and a last call with all of them gathers everything, times included. With ``--gather`` a
+call runs nothing and writes about all runs as far as they were saved, also while others are at them. A run
+belongs to the very bytes of its potential: another file under the same label starts anew.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ import gaq_compile
 from gaq_compile.datasets import EXAMPLES, example_structures
 from gaq_compile.integrations.ase import GAQCalculator
 from gaq_compile.potential import Potential
-from gaq_compile.verify.dynamics import Settings, nve
+from gaq_compile.verify.dynamics import Settings, nve, recorded
 from gaq_compile.verify.structures import displaced
 from nve_page import Run, figures, plot, table
 from nve_watch import Stopwatch, watched
@@ -65,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
     warnings.simplefilter("ignore")  # the model packages' own
     console = Console()
-    runs = [run(options, scheme, console) for scheme in options.schemes]
+    found = {scheme: run(options, scheme, console) for scheme in options.schemes}
+    runs = [r for r in found.values() if r]
+    if not runs:
+        sys.exit(f"nothing to gather in {options.work}: no run of these options was saved there yet")
     atoms = start(options)
     result = {
         "command": shlex.join(["python", *(sys.argv if arguments is None else ["nve.py", *arguments])]),
@@ -77,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "backend": options.backend,
         "atoms": len(atoms),
         "settings": asdict(settings(options)),
+        "steps": steps(options),
+        "not_begun": [scheme for scheme, r in found.items() if r is None],
         "runs": [figures(r, atoms) for r in runs],
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +122,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dt", type=float, default=0.5, help="time step, fs")
     parser.add_argument("--temperature", type=float, default=300.0, help="of the start, K")
     parser.add_argument("--seed", type=int, default=0, help="of the first velocities")
+    parser.add_argument("--gather", action="store_true", help="run nothing, write what there is so far")
     parser.add_argument("--json", type=Path, default=Path("out/nve.json"))
     parser.add_argument("--work", type=Path, default=Path("out/nve"), help="checkpoints and potentials")
     options = parser.parse_args(arguments)
@@ -139,7 +146,8 @@ def labelled(text: str) -> tuple[str, Path]:
 
 def title(options: argparse.Namespace) -> str:
     """The model's name, or its checkpoint's."""
-    return Path(options.model or ("given potentials" if options.potentials else "so3lr")).stem
+    name = options.model or ("given potentials" if options.potentials else "so3lr")
+    return Path(name).stem if Path(name).is_file() else name
 
 
 def settings(options: argparse.Namespace) -> Settings:
@@ -152,6 +160,11 @@ def settings(options: argparse.Namespace) -> Settings:
     )
 
 
+def steps(options: argparse.Namespace) -> int:
+    """Of each run, complete."""
+    return round(options.ps * 1e3 / options.dt)
+
+
 def start(options: argparse.Namespace) -> Any:
     """A frame that calibration has not seen."""
     return example_structures(options.molecule)[START]
@@ -160,14 +173,20 @@ def start(options: argparse.Namespace) -> Any:
 # --- potentials -----------------------------------------------------------------------------------
 
 
-def potential_file(options: argparse.Namespace, scheme: str, console: Console) -> Path:
-    """The file that was given, or one in ``--work``, compiled where it is not there yet."""
+def potential_file(options: argparse.Namespace, scheme: str) -> Path:
+    """The file that was given, or one in ``--work``."""
     if options.potentials:
         return options.potentials[scheme]
     name = options.model or "so3lr"
     known = f"-{digest(Path(name))}" if Path(name).is_file() else ""
-    file = options.work / f"{title(options)}{known}-{options.molecule}-{scheme}.gaq"
+    return options.work / f"{title(options)}{known}-{options.molecule}-{scheme}.gaq"
+
+
+def compiled_file(options: argparse.Namespace, scheme: str, console: Console) -> Path:
+    """The potential's file, made where it is not there yet."""
+    file = potential_file(options, scheme)
     if not file.exists():
+        name = options.model or "so3lr"
         console.print(f"compiling {name} {scheme}")
         frames = example_structures(options.molecule)[CALIBRATION]
         compiled = gaq_compile.quantize(
@@ -195,29 +214,41 @@ def load(file: Path, backend: str) -> Potential:
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def run(options: argparse.Namespace, scheme: str, console: Console) -> Run:
-    """One scheme's dynamics, continued if there is a checkpoint."""
-    file = potential_file(options, scheme, console)
-    compiled = load(file, options.backend)
-    steps = round(options.ps * 1e3 / options.dt)
-    label = f"{options.molecule}-{scheme}" if options.potentials else file.stem
-    start_of = f"{options.dt:g}fs-{options.temperature:g}K-{options.seed}"
-    name = f"{label}-{digest(file)}-{options.backend}-{start_of}"
-    options.work.mkdir(parents=True, exist_ok=True)
+def run(options: argparse.Namespace, scheme: str, console: Console) -> Run | None:
+    """One scheme's dynamics, complete, or with ``--gather`` as they are; None where there are none yet."""
+    if options.gather and not potential_file(options, scheme).exists():
+        return None
+    file = compiled_file(options, scheme, console)
+    name = run_name(options, scheme, file)
     timer = Stopwatch(options.work / f"{name}.ms")
-    with watched(scheme, steps, timer, console) as tell:
-        dynamics = nve(
-            GAQCalculator(compiled),
-            start(options),
-            steps,
-            settings(options),
-            checkpoint=options.work / f"{name}.npz",
-            progress=tell,
-        )
-    judge = potential_file(options, REFERENCE, console)
+    checkpoint = options.work / f"{name}.npz"
+    if options.gather:
+        dynamics = recorded(start(options), steps(options), settings(options), checkpoint)
+    else:
+        options.work.mkdir(parents=True, exist_ok=True)
+        calculator = GAQCalculator(load(file, options.backend))
+        with watched(scheme, steps(options), timer, console) as tell:
+            dynamics = nve(
+                calculator,
+                start(options),
+                steps(options),
+                settings(options),
+                checkpoint=checkpoint,
+                progress=tell,
+            )
+    if dynamics is None:
+        return None
+    judge = compiled_file(options, REFERENCE, console)
     kept = options.work / f"{name}-by-{digest(judge)}.npz"
     energies = reference_energies(options, judge, dynamics.frames, kept)
-    return Run(scheme, dynamics, energies, timer.median_ms, dict(compiled.report.versions))
+    return Run(scheme, dynamics, energies, timer.median_ms, dict(load(file, options.backend).report.versions))
+
+
+def run_name(options: argparse.Namespace, scheme: str, file: Path) -> str:
+    """Of the run's files, by all that decides how it goes but its length."""
+    label = f"{options.molecule}-{scheme}" if options.potentials else file.stem
+    how = f"{options.dt:g}fs-{options.temperature:g}K-{options.seed}"
+    return f"{label}-{digest(file)}-{options.backend}-{how}"
 
 
 def reference_energies(

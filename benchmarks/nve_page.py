@@ -135,12 +135,14 @@ def table(result: dict[str, Any]) -> str:
         "",
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
-        *(_line(r, turning) for r in result["runs"]),
+        *(_line(r, turning, result["steps"]) for r in result["runs"]),
     ]
+    if result["not_begun"]:
+        lines += ["", f"Not begun: {', '.join(result['not_begun'])}."]
     return "\n".join(lines) + "\n"
 
 
-def _line(r: dict[str, Any], turning: bool) -> str:
+def _line(r: dict[str, Any], turning: bool, steps: int) -> str:
     real, angle = r["reference"] or {}, r["dihedral_deg"] or {}
     cells = [
         f"`{r['scheme']}`",
@@ -152,13 +154,16 @@ def _line(r: dict[str, Any], turning: bool) -> str:
         f"{r['temperature_k']:.0f}",
         *[f"{_number(angle.get('mean'), '.1f')} ± {_number(angle.get('std'), '.1f')}"] * turning,
         _number(r["ms_per_step"], ".2f"),
-        f"diverged at {r['ps']:.6g} ps: {_first_line(r['diverged'])}" if r["diverged"] else "",
+        _end(r, steps),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def _first_line(text: str) -> str:
-    return text.splitlines()[0]
+def _end(r: dict[str, Any], steps: int) -> str:
+    """Why the run is shorter than it was to be; nothing for a complete one."""
+    if r["diverged"]:
+        return f"diverged at {r['ps']:.6g} ps: {r['diverged'].splitlines()[0]}"
+    return f"unfinished, {100 * r['steps'] / steps:.3g} %" if r["steps"] < steps else ""
 
 
 def _with_error(value: float | None, error: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,7 +98,7 @@ def _log(label: str, steps: int) -> Iterator[Callable[[int, float], None]]:
             left = ms * (steps - step) / 60_000
             line = f"{label}: {100 * step / steps:.0f} %, step {step} of {steps}"
             line += f", {ms:.2f} ms/step, {left:.0f} min left"
-            print(line, file=sys.stderr, flush=True)
+            print(line, flush=True)
         told = part
 
     yield show

@@ -174,6 +174,19 @@ def nve(
     return _judged(state, moving, steps, settings)
 
 
+def recorded(atoms: Atoms, steps: int, settings: Settings, checkpoint: Path) -> Dynamics | None:
+    """What :func:`nve` has saved of a run of ``steps`` steps, as far as it has come; None before that.
+
+    Nothing is run or written, so another process may be at it.
+
+    Raises:
+        FileFormatError: for a checkpoint that is damaged or of another run.
+    """
+    start = displaced(atoms, np.zeros(3))
+    state = Checkpoint(checkpoint, _identity(start, settings)).read(0, settings.keep_every)
+    return None if state is None else _judged(state, start, steps, settings)
+
+
 def energy_drift(time_ps: np.ndarray, energy: np.ndarray) -> Drift:
     """The trend of ``energy`` (meV/atom) at equally spaced ``time_ps``, with its uncertainty.
 

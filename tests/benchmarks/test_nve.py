@@ -57,6 +57,13 @@ def test_killed_continued_and_gathered(tmp_path, file, counted, capsys):
     counted["most"] = 120
     with pytest.raises(KeyboardInterrupt):
         called("cut", "--schemes", "mine")
+    partly = called("cut", "--gather")
+    assert counted["calls"] == 0 and partly["mine"]["steps"] == 100 and partly["mine"]["ps"] == 0.05
+    assert set(partly) == {"mine"} and json.loads((tmp_path / "cut.json").read_text())["not_begun"] == [
+        "fp32"
+    ]
+    page = (tmp_path / "cut.md").read_text()
+    assert "| unfinished, 50 % |" in page and page.endswith("\nNot begun: fp32.\n")
     counted["most"] = 10**9
     assert set(called("cut", "--schemes", "mine")) == {"mine"}
     assert counted["calls"] == 100  # from step 100, which was saved
@@ -71,6 +78,15 @@ def test_killed_continued_and_gathered(tmp_path, file, counted, capsys):
     written, rows = capsys.readouterr(), (tmp_path / "cut.md").read_text().splitlines()[-2:]
     assert all(row in written.out and row.count("|") == 10 for row in rows)
     assert (tmp_path / "cut.png").stat().st_size > 0
+    assert "unfinished" not in "".join(rows) and rows[0].startswith("| `fp32` | 0.1 |")
+    assert called("cut", "--gather") == gathered and counted["calls"] == 0
+
+
+def test_nothing_to_gather(tmp_path):
+    """And nothing is compiled to find that out."""
+    with pytest.raises(SystemExit, match="nothing to gather"):
+        nve.main(["--gather", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "nve.json")])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_potential_under_the_same_label_is_another_run(tmp_path, file, counted):
@@ -103,7 +119,7 @@ def test_progress_goes_to_the_log_where_there_is_no_terminal(tmp_path, capsys):
     with watched("w8", 100 * BLOCK, timer, Console(file=io.StringIO())) as tell:
         for step in range(1, 100 * BLOCK + 1):
             tell(step)
-    lines = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in lines] == [f"w8: {part} %" for part in range(2, 99, 2)]
 
 
@@ -120,6 +136,22 @@ def test_options_that_make_no_sense(more, message, capsys):
     with pytest.raises(SystemExit):
         nve.parsed(more)
     assert message in capsys.readouterr().err
+
+
+def test_a_model_is_called_by_its_name_or_its_checkpoint(tmp_path):
+    checkpoint = tmp_path / "trained.for-long.pt"
+    checkpoint.write_bytes(b"weights")
+    for given, name in (
+        (str(checkpoint), "trained.for-long"),
+        ("rmd17-ethanol", "rmd17-ethanol"),
+        ("a-0.1", "a-0.1"),
+    ):
+        options = nve.parsed(["--model", given])
+        assert nve.title(options) == name
+        assert nve.potential_file(options, "w8").name.startswith(f"{name}-")
+    first = nve.potential_file(nve.parsed(["--model", str(checkpoint)]), "w8")
+    checkpoint.write_bytes(b"other weights")
+    assert nve.potential_file(nve.parsed(["--model", str(checkpoint)]), "w8") != first
 
 
 def test_times_of_earlier_processes_count(tmp_path):

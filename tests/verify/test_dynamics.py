@@ -16,7 +16,7 @@ from ase.md.verlet import VelocityVerlet
 
 from gaq_compile.errors import ConfigError, FileFormatError, StructureError
 from gaq_compile.verify.checkpoints import Checkpoint
-from gaq_compile.verify.dynamics import Settings, energy_drift, nve
+from gaq_compile.verify.dynamics import Settings, energy_drift, nve, recorded
 
 
 class Counted(EMT):
@@ -212,6 +212,25 @@ def test_two_processes_cannot_write_one_run(tmp_path):
     with pytest.raises(FileFormatError, match="something else"):
         nve(EMT(), ethanol(), 40, settings, checkpoint=file, progress=meddle)
     assert nve(Counted(), ethanol(), 40, settings, checkpoint=file).steps == 40
+
+
+def test_what_was_saved_can_be_read_while_it_runs(tmp_path):
+    file, settings = tmp_path / "run" / "state.npz", Settings(keep_every=10, save_every=20)
+    seen = {}
+
+    def look(step):
+        if step in (5, 35, 40, 45):
+            seen[step] = recorded(ethanol(), 60, settings, file)
+
+    whole = nve(EMT(), ethanol(), 60, settings, checkpoint=file, progress=look)
+    assert seen[5] is None and [seen[step].steps for step in (35, 40, 45)] == [20, 20, 40]
+    assert (seen[45].total == whole.total[:41]).all() and (seen[45].frames == whole.frames[:5]).all()
+    before = {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in file.parent.iterdir()}
+    assert recorded(ethanol(), 60, settings, file).drift == whole.drift
+    assert recorded(ethanol(), 30, settings, file).steps == 30
+    assert {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in file.parent.iterdir()} == before
+    with pytest.raises(FileFormatError, match="another run"):
+        recorded(ethanol(), 60, Settings(seed=1), file)
 
 
 def test_steps_are_those_of_ase():

@@ -68,8 +68,8 @@ LEE_WEIGHT, HELD = 0.1, 1  # where these are on: weight of the LEE loss, epochs 
 class Row:
     """One line of the table.
 
-    ``wide``: of the multiplications, the share whose inputs may have 16 bits, where not the scheme's own;
-    ``activation``: likewise. ``lee``, ``held``, ``geometric``: whether the LEE loss and the schedule are on,
+    ``wide``: of the multiplications, the share whose inputs may have 16 bits; ``bytes``: of float32's, the share
+    that weights may take; both where not the scheme's own, as ``activation``. ``lee``, ``held``, ``geometric``: whether the LEE loss and the schedule are on,
     and the gradient of vectors. ``ablation`` rows are of the second table, which takes one thing away from
     W4A8, or adds one.
     """
@@ -78,6 +78,7 @@ class Row:
     scheme: str
     trained: bool = True
     wide: float | None = None
+    bytes: float | None = None
     activation: str | None = None
     lee: bool = False
     held: bool = False
@@ -89,8 +90,8 @@ class Row:
         """What is quantized, and how."""
         config = preset(self.scheme)
         wide = config.max_wide_share if self.wide is None else self.wide or None
-        activation = self.activation or config.activation
-        return replace(config, max_wide_share=wide, activation=activation)
+        size, activation = self.bytes or config.max_weight_share, self.activation or config.activation
+        return replace(config, max_wide_share=wide, max_weight_share=size, activation=activation)
 
 
 ROWS: dict[str, Row] = {
@@ -105,6 +106,8 @@ ROWS: dict[str, Row] = {
     "w4a8-half": Row("GAQ W4A8, half of it at 16 bits", "w4a8", wide=0.5),
     "exact-w4a8": Row("exact W4A8", "exact-w4a8"),
     "exact-w4a8-half": Row("exact W4A8, half of it at 16 bits", "exact-w4a8", wide=0.5),
+    "w4a8-more": Row("GAQ W4A8, and a fifth of the bytes", "w4a8", wide=0.5, bytes=0.2),
+    "exact-w4a8-more": Row("exact W4A8, and a fifth of the bytes", "exact-w4a8", wide=0.5, bytes=0.2),
     "w4a16": Row("GAQ W4A16", "w4a16"),
     "w4": Row("W4, float activations", "w4"),
     "w4a8-lee": Row("with the LEE loss", "w4a8", lee=True, ablation=True),

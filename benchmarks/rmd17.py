@@ -70,8 +70,8 @@ class Row:
 
     ``wide``: of the multiplications, the share whose inputs may have 16 bits; ``bytes``: of float32's, the
     share that weights may take; both where not the scheme's own, as ``activation``. ``lee``, ``held``,
-    ``geometric``: whether the LEE loss and the schedule are on, and the gradient of vectors. ``ablation`` rows
-    are of the second table, which takes one thing away from W4A8, or adds one.
+    ``geometric``: whether the LEE loss and the schedule are on, and the gradient of vectors. ``ablation``
+    rows are of the second table, which takes one thing away from W4A8, or adds one.
     """
 
     title: str

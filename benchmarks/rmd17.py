@@ -9,8 +9,9 @@ file, before and after training; LEE, the mean of ``|F(R x) - R F(x)|`` over ato
 drift of the total energy in dynamics from 300 K; and, for all rows in turn, the time of a step.
 
 The files are the published split 01 of revised MD17 (figshare 12672038, CC0); the first 950 frames of the
-train file are learned from, the last 50 watched. Without ``--data`` the bundled frames are displaced at
-random and labelled by the float32 model: that shows the direction in minutes (``--quick``), no accuracy.
+train file are learned from, the last 50 watched. Without ``--data`` short dynamics of the
+float32 model at 500 K give the frames and their labels: that shows the direction in minutes (``--quick``), no
+accuracy.
 
 A row that is done is kept in ``--work`` and not made again; a training that was cut off goes on at its last
 epoch, dynamics at their last picosecond. ``--rows`` makes some, e.g. in two processes; what is written has
@@ -48,7 +49,7 @@ from gaq_compile.passes.pipeline import PREPARED
 from gaq_compile.potential import Potential
 from gaq_compile.tools.machine import processor
 from gaq_compile.training.convolution import with_fast_convolutions
-from gaq_compile.training.distill import shaken, taught
+from gaq_compile.training.distill import taught
 from gaq_compile.training.fake_quant import FakeQuantized
 from gaq_compile.training.finetune import compiled
 from gaq_compile.training.fit import FitSettings, fit, missing_energies
@@ -56,11 +57,13 @@ from gaq_compile.training.frames import Frames, read_rmd17
 from gaq_compile.verify.dynamics import Settings, nve
 from gaq_compile.verify.equivariance import equivariance
 from gaq_compile.verify.measure import alternate_all
+from gaq_compile.verify.structures import displaced
 from rmd17_page import page, plot
 
 TRAINED = 950
 CALIBRATION, LEE_FRAMES, ROTATIONS, BATCH = 190, 10, 8, 20
 EMA = 0.995
+DATA_K, BETWEEN = 500.0, 100  # of frames that are made: K as rMD17's, steps of 0.5 fs between them
 LEE_WEIGHT, HELD = 0.1, 1  # where these are on: weight of the LEE loss, epochs in which only scalars learn
 
 
@@ -191,18 +194,21 @@ def given_data(options: argparse.Namespace, model: torch.nn.Module) -> Data:
         step = TRAINED // min(options.frames, TRAINED)
         some = train[:TRAINED:step][: options.frames]
         return Data(some, train[TRAINED:], test[:: max(1, len(test) // options.tests)])
-    teacher = TransformerOriginal(model)
     frames = example_structures(options.molecule)
+    teacher = quantized(model, frames, "fp32")
+    parts = ((frames[:6], options.frames), (frames[6:7], 10), (frames[7:], options.tests))
+    return Data(*(taught(moving(teacher, *part), teacher.predict) for part in parts))
 
-    def labels(structures: Sequence[Atoms]) -> list[Any]:
-        return [teacher.predict(atoms) for atoms in structures]
 
-    parts = (
-        shaken(frames[:7], options.frames),
-        shaken(frames[7:8], 10, 1),
-        shaken(frames[8:], options.tests, 2),
-    )
-    return Data(*(taught(part, labels) for part in parts))
+def moving(potential: Potential, starts: Sequence[Atoms], count: int) -> list[Atoms]:
+    """So many frames of short dynamics at the temperature of the data, ``BETWEEN`` steps apart."""
+    found: list[Atoms] = []
+    each = -(-count // len(starts))
+    for k, start in enumerate(starts):
+        settings = Settings(timestep_fs=0.5, temperature_k=DATA_K, seed=k, keep_every=BETWEEN)
+        positions = nve(GAQCalculator(potential), start, each * BETWEEN, settings).frames[1:]
+        found += [displaced(start, at - start.positions) for at in positions]
+    return found[:count]
 
 
 # --- one row --------------------------------------------------------------------------------------
@@ -353,7 +359,7 @@ def gathered(options: argparse.Namespace, command: Sequence[str]) -> dict[str, A
         "machine": processor(),
         "epochs": options.epochs,
         "frames": options.frames,
-        "data": "rMD17" if options.data else "bundled frames, displaced, labelled by the float32 model",
+        "data": "rMD17" if options.data else "short dynamics of the float32 model, with its labels",
         "rows": rows,
     }
 

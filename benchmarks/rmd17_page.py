@@ -20,8 +20,9 @@ turns.
 
 W4A8 is 4-bit weights (the costliest layers 8) and 8-bit scalars, magnitudes and directions, of which
 three tenths of the multiplications have 16 bits (`max_wide_share`); *half of it at 16 bits* takes five
-tenths; W4A16 all. The exact schemes keep directions in float. The naive rows, Degree-Quant and SVQ-KMeans
-round as others do, with the same training.
+tenths; *a fifth of the bytes* does, too, and has 8-bit weights in more layers, up to a fifth of float32's
+bytes (`max_weight_share`); W4A16 is 16 bits throughout. The exact schemes keep directions in float. The
+naive rows, Degree-Quant and SVQ-KMeans round as others do, with the same training.
 """
 HEAD = (
     "| | E-MAE (meV) | F-MAE (meV/Å) | F before training | LEE (meV/Å) | drift (meV/atom/ps) | weights (kB) "

@@ -102,7 +102,7 @@ def tradeoff(
             fix="at least 2 points of a scheme with integer weights that is no baseline",
         )
     subject, stages = trace(model, example_graph)
-    prepared = stages["tag_irreps"]
+    prepared = subject.centered(stages["tag_irreps"], config)
     observed = subject.observe(prepared, config, progress)
     comparison = subject.comparison(prepared, subject.trials)
     variants = Variants(prepared, config, observed, comparison.error)

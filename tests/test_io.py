@@ -301,7 +301,7 @@ def test_files_of_the_first_version_are_refused(saved):
 
 def test_steps_of_every_channel_are_in_the_file(saved):
     header, tensors = _header(saved)
-    assert header["format"] == 2 and header["config"]["version"] == 3
+    assert header["format"] == 2 and header["config"]["version"] == 4
     assert tensors["mix_steps"].shape == tensors["wide_steps"].shape == (8,)
     nodes = [n for n in header["nodes"] if "int_irreps_linear" in n["target"]]
     schemes = [

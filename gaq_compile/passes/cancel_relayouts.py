@@ -7,6 +7,7 @@ After:  ``b = linear(x) + c``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch.fx import GraphModule, Node
 
@@ -73,7 +74,7 @@ def _push_down(gm: GraphModule) -> bool:
             if _can_pass(user, node):
                 _pass_through(gm, user, str(node.args[1]))
                 return True
-            if is_call(user, aten.cat.default) and _joins_columns(user):
+            if is_call(user, aten.cat.default) and _joins_columns(user) and _stay_apart(_parts_irreps(user)):
                 _pass_cat(gm, user)
                 return True
             if is_call(user, aten.split_with_sizes.default) and _pass_split(gm, user, node):
@@ -96,10 +97,28 @@ def _columns(node: Node) -> int | None:
 def _pass_cat(gm: GraphModule, cat: Node) -> None:
     """Convert after joining: parts in no layout have one number to a channel, which lies alike in both."""
     parts: list[Node] = list(cat.args[0])  # type: ignore[arg-type]
-    converted = [is_call(p, gaq.relayout.default) and p.args[2] == "mul_ir" for p in parts]
-    irreps = [str(p.args[1]) if c else f"{_columns(p)}x0e" for p, c in zip(parts, converted, strict=True)]
-    cat.update_arg(0, [p.args[0] if c else p for p, c in zip(parts, converted, strict=True)])
-    _convert_after(gm, cat, simplified("+".join(irreps)))
+    irreps = simplified("+".join(_parts_irreps(cat)))
+    cat.update_arg(0, [p.args[0] if _is_converted(p) else p for p in parts])
+    _convert_after(gm, cat, irreps)
+
+
+def _is_converted(part: Node) -> bool:
+    return is_call(part, gaq.relayout.default) and part.args[2] == "mul_ir"
+
+
+def _parts_irreps(cat: Node) -> list[str]:
+    parts: list[Node] = list(cat.args[0])  # type: ignore[arg-type]
+    return [str(p.args[1]) if _is_converted(p) else f"{_columns(p)}x0e" for p in parts]
+
+
+def _stay_apart(irreps: Sequence[str]) -> bool:
+    """Whether no block of vectors meets its like in the next part.
+
+    The layout knows such two as one block, in which a component of all channels comes before the next
+    component; joined, all components of the first part would. Scalars have one component.
+    """
+    parts = [[entry.split("x")[1] for entry in simplified(part).split("+")] for part in irreps]
+    return all(a[-1] != b[0] or a[-1].startswith("0") for a, b in pairwise(parts))
 
 
 def _pass_split(gm: GraphModule, split: Node, node: Node) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gaq_compile.ir import layout
 from gaq_compile.operators.registration import ops
 from gaq_compile.passes.cancel_relayouts import cancel_relayouts
 
@@ -133,6 +134,24 @@ def test_division_by_one_number_is_passed(trace, listing):
 
     _check(trace, listing, function, _rows(N, D), _rows(1), relayouts=0)
     _check(trace, listing, function, _rows(N, D), _rows(N, 1), relayouts=2)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("8x1o", "4x1o"), ("4x0e+8x1o", "4x1o+2x2e"), ("3x0e", "2x0e+5x1o")],
+    ids=["vectors", "vectors within", "scalars"],
+)
+def test_joined_vectors_of_one_kind_are_not_taken_for_one_block(trace, first, second):
+    """The component-major layout of 12x1o is not 8x1o's followed by 4x1o's."""
+    sizes = [layout.dim(irreps) for irreps in (first, second)]
+
+    def function(a, b):
+        a, b = a @ torch.eye(sizes[0], dtype=a.dtype), b @ torch.eye(sizes[1], dtype=b.dtype)  # known widths
+        return torch.cat([ops.relayout(a, first, "mul_ir"), ops.relayout(b, second, "mul_ir")], dim=1) * 2.0
+
+    inputs = _rows(N, sizes[0]), _rows(N, sizes[1])
+    graph = trace(function, *inputs)
+    assert torch.equal(cancel_relayouts(graph)(*inputs), graph(*inputs))
 
 
 def test_scatter_of_rows(trace, listing):

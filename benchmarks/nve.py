@@ -30,7 +30,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import re
 import shlex
 import sys
@@ -49,6 +48,7 @@ import gaq_compile
 from gaq_compile.datasets import EXAMPLES, example_structures
 from gaq_compile.integrations.ase import GAQCalculator
 from gaq_compile.potential import Potential
+from gaq_compile.tools.machine import processor
 from gaq_compile.verify.dynamics import Settings, nve, recorded
 from gaq_compile.verify.structures import displaced
 from nve_page import Run, figures, plot, table
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     atoms = start(options)
     result = {
         "command": shlex.join(["python", *(sys.argv if arguments is None else ["nve.py", *arguments])]),
-        "machine": platform.processor() or platform.machine(),
+        "machine": processor(),
         "versions": runs[0].versions,
         "model": title(options),
         "potentials": {scheme: str(file) for scheme, file in options.potentials.items()},

@@ -55,9 +55,8 @@ class Stopwatch:
         if not self.file.exists():
             return None
         lines = self.file.read_text().splitlines()
-        times = [
-            float(line) for line in lines if line.replace(".", "", 1).isdecimal()
-        ]  # the last may be torn
+        # the last may be torn
+        times = [float(line) for line in lines if line.replace(".", "", 1).isdecimal()]
         return float(np.median(times)) if times else None
 
 

@@ -28,10 +28,8 @@ def simplify(graph_module: GraphModule, *, differentiated: bool = False) -> Grap
         stack, axis, index = node.args
         if is_call(stack, aten.stack.default) and axis == 0 and _stack_axis(stack) == 0:
             node.replace_all_uses_with(stack.args[0][index])
-    for target in (
-        aten.view.default,
-        aten.slice.Tensor,
-    ):  # a slice's gradient is a tensor of zeros, written over
+    # a slice that takes all, too: its gradient would be a tensor of zeros, written over
+    for target in (aten.view.default, aten.slice.Tensor):
         for node in calls(gm, target):
             if _same_shape(node, node.args[0]):
                 node.replace_all_uses_with(node.args[0])

@@ -44,7 +44,8 @@ def finetune(
     """Train a quantized potential, and compile what it has become.
 
     Weights, their scales, and the steps of activations are trained by fake quantization on the very graph
-    that inference runs (:class:`.fake_quant.FakeQuantized`). The potential itself is not changed.
+    that inference runs (:class:`.fake_quant.FakeQuantized`). What energies then lack on average is added per
+    element. The potential itself is not changed.
 
     Args:
         potential: from :func:`gaq_compile.quantize`, not from a file, which lacks the float weights.
